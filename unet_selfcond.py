@@ -1,0 +1,224 @@
+"""The DDPM UNet, self-conditioned: the pooled output of its middle block conditions the whole decoder.
+
+    x --> in_1 ... in_8 --> mid --+--> out_1 ... out_12 --> eps        size "base"
+               ^             ^    |            ^
+    t --> c ---+-------------+----|----> c + proj(z)                   to every block
+                                  |            ^
+                                  +----> z ----+                       z = mean over space
+
+Self-conditioning here means: the features of one layer are *aggregated* into a vector z and *rerouted* to all
+later layers (DDAE++, arXiv 2505.10999). It is not the "self-conditioning" of Analog Bits (arXiv 2208.04202),
+which feeds the last estimate of the clean image back as extra input channels.
+
+Baseline: the 35.7M UNet of DDPM (Ho et al., arXiv 2006.11239)
+in the form of DDAE (Xiang et al., ICCV 2023, arXiv 2303.09769).
+Read from top to bottom: each class uses only what stands above it. torch is the only import.
+
+Differs from the original by: attention through scaled_dot_product_attention; a class embedding added to c
+where num_classes > 0 (the original has no classes); proj, where self_cond is on.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def aggregate(h):
+    """Feature map (B, D, h, w) -> z (B, D) in float32: the mean over space."""
+    return h.float().mean((2, 3))
+
+
+def keep(feats, name, h):
+    """Record feature map h (B, D, h, w) under its name, where features were asked for (feats is a dict)."""
+    if feats is not None:
+        feats[name] = h
+
+
+def sinusoid(t, dim):
+    """Steps t (B,) -> (B, dim): sin | cos of t over frequencies from 1 to exactly 1/10000, hence half - 1."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) / (half - 1)
+                      * torch.arange(half, dtype=torch.float32, device=t.device))
+    args = t.float()[:, None] * freqs
+    return torch.cat([args.sin(), args.cos()], dim=1)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels of a map, with residual. C: channels, N = H W: pixels."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                     # (B, N, C)
+        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)             # 3 x (B, 1, N, C)
+        tokens = F.scaled_dot_product_attention(q, k, v).squeeze(1)          # (B, N, C)
+        return x + self.out(tokens).transpose(1, 2).reshape(B, C, H, W)      # (B, C, H, W)
+
+
+class Block(nn.Module):
+    """Residual block, its conditioning c added between the two convolutions; then attention, if any.
+
+    I, O: channels in and out; E: width of the conditioning embedding.
+    """
+
+    def __init__(self, dim_in, dim_out, dim_c, dropout, attention):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, dim_in)
+        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, dim_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+        self.embed = nn.Linear(dim_c, dim_out)
+        self.attention = Attention(dim_out) if attention else nn.Identity()
+
+    def forward(self, x, c):
+        h = self.conv1(F.silu(self.norm1(x)))                                # (B, I, H, W) -> (B, O, H, W)
+        h = h + self.embed(F.silu(c))[:, :, None, None]                      # (B, E) -> (B, O, 1, 1)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))                  # (B, O, H, W)
+        return self.attention(self.shortcut(x) + h)                          # (B, O, H, W)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour x2, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """Noise-prediction UNet.
+
+    image_size   side of the square images; a multiple of 2 ** (len(mults) - 1)
+    channels     of the images
+    num_classes  K > 0 makes it class-conditional; class K then means "no class"
+    self_cond    False is the plain published baseline
+    dim          width at full resolution, a multiple of 32; level i has dim * mults[i]
+    attention    the levels whose blocks attend (0 is full resolution)
+    blocks       residual blocks a level on the way down; one more on the way up
+    Raises ValueError for sizes that do not fit.
+    """
+
+    SIZES = {
+        "tiny": dict(dim=32, mults=(1, 2, 2), attention=(2,), blocks=1, dropout=0.0),
+        "base": dict(dim=128, mults=(1, 2, 2, 2), attention=(1,), blocks=2, dropout=0.1),
+    }
+
+    def __init__(self, image_size=32, channels=3, num_classes=0, self_cond=True,
+                 dim=128, mults=(1, 2, 2, 2), attention=(1,), blocks=2, dropout=0.1):
+        super().__init__()
+        if dim % 32:
+            raise ValueError(f"dim {dim} does not fit: GroupNorm has 32 groups, so use a multiple of 32.")
+        stride = 2 ** (len(mults) - 1)
+        if image_size % stride or image_size < stride:
+            raise ValueError(f"image size {image_size} does not fit: "
+                             f"this UNet halves it {len(mults) - 1} times, so use a multiple of {stride}.")
+        self.image_size, self.channels = image_size, channels
+        self.num_classes, self.self_cond = num_classes, self_cond
+        self.dim, dim_c = dim, 4 * dim
+        self.bottleneck = "mid"
+        dims = [dim * m for m in mults]
+
+        self.conv_in = nn.Conv2d(channels, dim, 3, padding=1)
+        self.time_mlp = nn.Sequential(nn.Linear(dim, dim_c), nn.SiLU(), nn.Linear(dim_c, dim_c))
+        self.label_embed = nn.Embedding(num_classes + 1, dim_c) if num_classes else None
+
+        self.down, width, skips = nn.ModuleList(), dim, []      # skips: the widths that the decoder will find
+        for i, d in enumerate(dims):
+            level = nn.ModuleList()
+            skips.append(width)
+            for _ in range(blocks):
+                level.append(Block(width, d, dim_c, dropout, i in attention))
+                width = d
+                skips.append(width)
+            last = i == len(dims) - 1
+            level.append(nn.Identity() if last else nn.Conv2d(d, d, 3, stride=2, padding=1))
+            self.down.append(level)
+
+        self.mid = nn.ModuleList([Block(width, width, dim_c, dropout, True),
+                                  Block(width, width, dim_c, dropout, False)])
+
+        self.up = nn.ModuleList()
+        for i, d in reversed(list(enumerate(dims))):
+            level = nn.ModuleList()
+            for _ in range(blocks + 1):
+                level.append(Block(width + skips.pop(), d, dim_c, dropout, i in attention))
+                width = d
+            level.append(Upsample(d) if i else nn.Identity())
+            self.up.append(level)
+
+        self.norm_out = nn.GroupNorm(8, dim)
+        self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+
+        # last, so that the baseline's random initialisation is the same with and without
+        if self_cond:
+            D = dims[-1]
+            self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim_c))
+            nn.init.zeros_(self.proj[1].weight)
+            nn.init.zeros_(self.proj[1].bias)
+
+    @property
+    def blocks(self):
+        """All residual blocks in depth order: what there is to compile."""
+        return [m for m in self.modules() if isinstance(m, Block)]
+
+    def encoder(self, x, t, y=None, feats=None):
+        """Everything up to the bottleneck -> its features h (B, D, h, w), conditioning c (B, E), skips."""
+        if y is not None and not self.num_classes:
+            raise ValueError("labels y were given, but this network was built with num_classes=0.")
+        c = self.time_mlp(sinusoid(t, self.dim).to(x.dtype))                 # (B,) -> (B, dim) -> (B, E)
+        if self.num_classes:
+            c = c + self.label_embed(torch.full_like(t, self.num_classes) if y is None else y)
+        h, skips, n = self.conv_in(x), [], 0                                 # (B, dim, H, W)
+        for *blocks, downsample in self.down:
+            skips.append(h)
+            for n, block in enumerate(blocks, n + 1):
+                h = block(h, c)                                              # (B, dims[i], H / 2^i, W / 2^i)
+                skips.append(h)
+                keep(feats, f"in_{n}", h)
+            h = downsample(h)
+        for block in self.mid:
+            h = block(h, c)                                                  # (B, D, h, w)
+        keep(feats, "mid", h)
+        return h, c, skips
+
+    def decoder(self, h, c, skips, feats=None):
+        """Features h (B, D, h, w), conditioning c (B, E), skips -> prediction (B, C, H, W)."""
+        n = 0
+        for *blocks, upsample in self.up:
+            for n, block in enumerate(blocks, n + 1):
+                h = block(torch.cat([h, skips.pop()], dim=1), c)             # (B, dims[i], H / 2^i, W / 2^i)
+                keep(feats, f"out_{n}", h)
+            h = upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))                       # (B, dim, H, W) -> (B, C, H, W)
+
+    def forward(self, x, t, y=None, return_features=False):
+        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
+
+        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order.
+        """
+        feats = {} if return_features else None
+        h, c, skips = self.encoder(x, t, y, feats)
+
+        # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
+        z = aggregate(h)                                                     # (B, D, h, w) -> (B, D)
+        if self.self_cond:
+            c = c + self.proj(z.to(c.dtype))                                  # (B, D) -> (B, E)
+        # -------------------------------------------------------------------------------------
+
+        eps = self.decoder(h, c, skips, feats)
+        return (eps, feats) if return_features else eps
+
+    def encode(self, x, t, y=None):
+        """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
+        return aggregate(self.encoder(x, t, y)[0])
