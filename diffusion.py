@@ -1,0 +1,227 @@
+"""Gaussian diffusion: the noise schedule, the training loss and one sampler for DDIM and DDPM.
+
+Below it, what a demo needs: noise from seeds, a picture of images, and a data set of ten drawn shapes.
+
+Conventions, used everywhere:
+  data      x0 in [-1, 1] (latents: about unit variance)
+  time      t is an int64 in 0..T-1; t = 0 is almost clean, t = T-1 almost pure noise; a network gets t itself
+  noising   x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps    DDPM, arXiv 2006.11239, eq. 4
+  target    what the network predicts: eps, or
+            v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0      Progressive distillation, arXiv 2202.00512, eq. 9
+  guidance  eps_null + w (eps_y - eps_null); w = 1 is off   arXiv 2207.12598, eq. 6, with w there = w - 1 here
+
+A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. This file knows nothing else of it.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+
+def linear_schedule(T):
+    """abar (T,) float64 of betas that rise linearly; 1e-4 to 0.02 at T = 1000 (DDPM, section 4)."""
+    betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def cosine_schedule(T, s=0.008):
+    """abar (T,) float64 that falls like cos^2 of t / T, betas at most 0.999 (arXiv 2102.09672, eq. 17)."""
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+TARGETS = ("eps", "v")
+
+
+class GaussianDiffusion:
+    """Noise schedule and what follows from it; has no parameters.
+
+    T         number of noise levels
+    schedule  "linear" or "cosine"
+    target    "eps" or "v"
+    Raises ValueError for anything else. The tables abar, sqrt_abar and sqrt_1m_abar, each (T,), are computed
+    in float64 and stored as float32.
+    """
+
+    def __init__(self, T=1000, schedule="linear", target="eps"):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}.")
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}: use one of {', '.join(TARGETS)}.")
+        self.T, self.target = T, target
+        abar = SCHEDULES[schedule](T)
+        self.abar = abar.float()
+        self.sqrt_abar = abar.sqrt().float()
+        self.sqrt_1m_abar = (1 - abar).sqrt().float()
+
+    def coefficients(self, t):
+        """Steps t (B,) -> sqrt(abar_t), sqrt(1 - abar_t), each (B, 1, 1, 1) on the device of t."""
+        if self.abar.device != t.device:                        # once: the tables move to where they are used
+            self.abar, self.sqrt_abar, self.sqrt_1m_abar = (
+                table.to(t.device) for table in (self.abar, self.sqrt_abar, self.sqrt_1m_abar))
+        return self.sqrt_abar[t][:, None, None, None], self.sqrt_1m_abar[t][:, None, None, None]
+
+    def add_noise(self, x0, t, noise):
+        """x0 and noise (B, C, H, W), t (B,) -> x_t."""
+        a, s = self.coefficients(t)
+        return a * x0 + s * noise
+
+    def to_target(self, x0, t, noise):
+        """What the network should have said, (B, C, H, W)."""
+        if self.target == "eps":
+            return noise
+        a, s = self.coefficients(t)
+        return a * noise - s * x0
+
+    def to_x0_eps(self, out, x_t, t):
+        """What the network said, out, in terms of (x0, eps), each (B, C, H, W)."""
+        a, s = self.coefficients(t)
+        if self.target == "eps":
+            return (x_t - s * out) / a, out
+        return a * x_t - s * out, s * x_t + a * out
+
+    def loss(self, net, x0, t, noise, y=None):
+        """Mean squared error of the prediction per image (B,): the mean over pixels (DDPM, eq. 14)."""
+        x_t = self.add_noise(x0, t, noise)
+        out = net(x_t, t) if y is None else net(x_t, t, y)
+        return (out.float() - self.to_target(x0, t, noise)).square().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def sample(self, net, noise, y=None, null=None, steps=50, eta=0.0, guidance=1.0, clip=True,
+               randn=torch.randn_like, trace=None):
+        """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1) (DDIM, arXiv 2010.02502, eq. 12 and 16).
+
+        y         classes (B,) or None
+        null      the class id that means "no class"; needed for guidance
+        steps     1..T, evenly spaced from t = T-1; the last one goes to abar = 1
+        eta       0: DDIM, deterministic. 1 with steps = T: ancestral DDPM with its smaller variance
+        guidance  1: off
+        clip      bound the predicted x0 to [-1, 1] at every step; False for latents
+        randn     gives the noise of a step, called with a tensor like x_t (only where eta > 0)
+        trace     a list that receives (t, x_t, predicted x0) of every step
+        Raises ValueError for steps out of range and for guidance without y or null.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps = {steps} is out of range: use 1 to {self.T}.")
+        if guidance != 1 and (y is None or null is None):
+            raise ValueError(f"guidance = {guidance} needs classes: give y and null, or leave guidance at 1.")
+        a, s = self.sqrt_abar.tolist() + [1.0], self.sqrt_1m_abar.tolist() + [0.0]      # at [-1]: no noise
+        times = torch.linspace(self.T - 1, -1, steps + 1).round().long().tolist()       # T-1, ..., -1
+        x = noise
+        for t, r in zip(tqdm(times[:-1], desc="sampling", leave=False, delay=2), times[1:]):
+            ts = torch.full((len(x),), t, device=x.device)
+            x0, eps = self.to_x0_eps(self.predict(net, x, ts, y, null, guidance), x, ts)
+            if clip:
+                x0 = x0.clamp(-1, 1)
+                eps = (x - a[t] * x0) / s[t]
+            if trace is not None:
+                trace.append((t, x, x0))
+            var = (eta * s[r] / s[t]) ** 2 * (1 - (a[t] / a[r]) ** 2)                   # eq. 16
+            x = a[r] * x0 + max(s[r] ** 2 - var, 0) ** 0.5 * eps                        # eq. 12
+            if var > 0:
+                x = x + var ** 0.5 * randn(x)
+        return x
+
+    def predict(self, net, x, t, y, null, guidance):
+        """The network's answer, with classifier-free guidance in one batch of 2B where it is on."""
+        if y is None:
+            return net(x, t).to(x.dtype)
+        if guidance == 1:
+            return net(x, t, y).to(x.dtype)
+        both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
+        out_y, out_null = both.to(x.dtype).chunk(2)
+        return out_null + guidance * (out_y - out_null)
+
+
+def seeded_noise(seeds, shape):
+    """-> a function that gives the next noise (n, *shape), each image from a CPU generator of its own seed.
+
+    So image i is the same for any batch size, number of processes and device, as in EDM (arXiv 2206.00364).
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def to_uint8(x):
+    """Images (N, C, H, W) in [-1, 1] -> uint8 on the CPU."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
+
+
+def save_grid(images, file, columns):
+    """Images (N, C, H, W) in [-1, 1] -> a PNG file, row by row; small ones are enlarged for the eye."""
+    zoom = max(1, 64 // images.shape[-1])
+    tiles = to_uint8(images).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    grid = make_grid(tiles, nrow=columns, padding=4, pad_value=255)
+    to_pil_image(grid).save(file, format="PNG")
+
+
+# --- a data set without a download: ten shapes, drawn by their signed distance functions ---
+
+def box(x, y, w, h):          # w, h: half widths
+    return torch.maximum(x.abs() - w, y.abs() - h)
+
+
+def triangle(x, y, r):        # r: radius of the inscribed circle; a side faces down
+    return torch.maximum(-y, x.abs() * 0.75 ** 0.5 + y / 2) - r
+
+
+def star(x, y):               # folded into half a point, then a line from its tip (0, 1.15) to the notch
+    r, a, fifth = torch.hypot(x, y), torch.atan2(x, y), 2 * math.pi / 5
+    a = (torch.remainder(a + fifth / 2, fifth) - fifth / 2).abs()
+    nx, ny = 1.15 - 0.5 * math.cos(fifth / 2), 0.5 * math.sin(fifth / 2)
+    return (nx * r * a.sin() + ny * (r * a.cos() - 1.15)) / math.hypot(nx, ny)
+
+
+SHAPES = {     # signed distance (negative inside) of points to a shape of radius about 1; x right, y up
+    "circle": lambda x, y: torch.hypot(x, y) - 0.9,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.25,
+    "square": lambda x, y: box(x, y, 0.8, 0.8),
+    "bar": lambda x, y: box(x, y, 1.1, 0.32),
+    "triangle": lambda x, y: triangle(x, y + 0.2, 0.58),
+    "cross": lambda x, y: torch.minimum(box(x, y, 1.0, 0.3), box(x, y, 0.3, 1.0)),
+    "star": star,
+    "heart": lambda x, y: torch.minimum(torch.hypot(x.abs() - 0.48, y - 0.25) - 0.55,
+                                        torch.maximum(0.75 * x.abs() - 0.66 * y - 0.7, y - 0.25)),
+    "moon": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.85 - torch.hypot(x - 0.55, y)),
+    "arrow": lambda x, y: torch.minimum(torch.maximum(triangle(x, y - 0.3, 0.45), -y),
+                                        box(x, y + 0.5, 0.25, 0.6)),
+}
+COLOURS = torch.tensor([[1, .2, .2], [.2, .9, .2], [.3, .45, 1], [1, .9, .2],
+                        [1, .3, .9], [.2, .9, .9], [1, .6, .15], [.95, .95, .95]])
+
+
+def draw_shapes(n, seed, size, full=False):
+    """-> images (n, 3, size, size) uint8, labels (n,), masks (n, size, size) uint8, class names.
+
+    The same for a seed. Image i is of class i mod 10; its mask is k + 1 inside a shape of class k, 0 around
+    it. By default bright on dark and almost upright, easy to draw; full: free in colour, size, place, turn
+    and texture.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=g)
+    radius = uniform(0.3 if full else 0.55, 0.75, n, 1, 1)
+    cx, cy = uniform(-1, 1, 2, n, 1, 1) * ((1 - radius) * 0.8 if full else 0.15)
+    turn = uniform(-1, 1, n, 1, 1) * math.radians(180 if full else 17)
+    colour = uniform(0, 1, n, 3) if full else COLOURS[torch.randint(8, (n,), generator=g)]
+    ground = uniform(0, 1, n, 3) if full else torch.full((n, 3), 0.11)
+    rough = uniform(-1, 1, 2, n, 3, 4, 4) * torch.tensor([.2, .2] if full else [.05, 0]).view(2, 1, 1, 1, 1)
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    masks = torch.empty(n, size, size, dtype=torch.uint8)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    for k, distance in enumerate(SHAPES.values()):
+        i = slice(k, None, len(SHAPES))
+        x, y = (axis - cx[i]) / radius[i], (-axis[:, None] - cy[i]) / radius[i]     # (n / 10, size, size)
+        x, y = x * turn[i].cos() + y * turn[i].sin(), y * turn[i].cos() - x * turn[i].sin()
+        d = distance(x, y) * radius[i] * size / 2                                   # in pixels
+        back, front = [base[i, :, None, None] + F.interpolate(r[i], size=(size, size), mode="bilinear")
+                       for base, r in zip((ground, colour), rough)]                 # 2 x (n / 10, 3, ...)
+        image = back + (front - back) * (0.5 - d).clamp(0, 1)[:, None]              # anti-aliased
+        images[i], masks[i] = (image.clamp(0, 1) * 255).round().byte(), (d < 0) * (k + 1)
+    return images, torch.arange(n) % len(SHAPES), masks, list(SHAPES)
