@@ -1,0 +1,174 @@
+"""Draw images from a trained run, with its EMA weights.
+
+    python sample.py runs/unet-tiny-shapes                         64 images: samples.png
+    python sample.py runs/unet-tiny-shapes --classes star heart    of these classes only
+    python sample.py runs/unet-tiny-shapes --denoise               the reverse process in steps: denoise.png
+    torchrun --nproc_per_node=2 sample.py runs/dit-small-cifar10 --n 50000 --npz --fid
+
+Image i is drawn with seed --seed + i and is the same for any batch size and any number of GPUs (pixels agree
+within 2 of 255 levels on one kind of device). Everything is written into the run's folder.
+"""
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
+
+from diffusion import save_grid, seeded_noise, to_uint8
+from train import GUIDANCE, command, load_data, load_run, pick_autocast, require, save_file, say, setup
+
+
+def parse(argv):
+    """Flags -> namespace. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
+    parser.add_argument("run", help="folder of a run of train.py")
+    parser.add_argument("--n", type=int, default=64, help="number of images [64]")
+    parser.add_argument("--steps", type=int, help="steps of the sampler [ddim: 50, ddpm: 1000]")
+    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="[ddim]")
+    parser.add_argument("--guidance", type=float, help=f"1 is off [{GUIDANCE} where there are classes]")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taken in turn [all]")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image [0]")
+    parser.add_argument("--batch-size", type=int, default=250, help="images at a time and process [250]")
+    parser.add_argument("--npz", action="store_true", help="samples.npz as well: arr_0, (N, H, W, C) uint8")
+    parser.add_argument("--fid", action="store_true", help="FID against the training set (torch-fidelity)")
+    parser.add_argument("--fid-weights", metavar="FILE", help="Inception weights for --fid [downloaded]")
+    parser.add_argument("--denoise", action="store_true", help="a picture of the reverse process instead")
+    parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
+    args = parser.parse_args(argv)
+    args.eta = float(args.sampler == "ddpm")
+    args.steps = args.steps or (1000 if args.sampler == "ddpm" else 50)
+    require(args.n > 0, f"--n {args.n} is not possible: use 1 or more.")
+    require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
+    if args.fid:                                    # found out now, not after hours of sampling
+        require(importlib.util.find_spec("torch_fidelity"),
+                "--fid needs torch-fidelity, which is not installed: pip install torch-fidelity==0.4.0")
+        require(args.fid_weights is None or Path(args.fid_weights).is_file(),
+                f"--fid-weights {args.fid_weights} is not a file: name the Inception weights, or leave it out "
+                "to download them.")
+    return args
+
+
+def class_ids(names, classes, conditional):
+    """--classes -> list of ids; None for a run without classes. Raises UserError."""
+    require(conditional or not names, "--classes needs a class-conditional run: train with --conditional.")
+    if not conditional:
+        return None
+    ids = [classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
+           for name in names or classes]
+    some = ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")
+    for name, k in zip(names or classes, ids):
+        require(0 <= k < len(classes),
+                f"--classes {name} is not a class of this run: use 0 to {len(classes) - 1}, or {some}.")
+    return ids
+
+
+def draw(args, state, net, diffusion, device, ids, indices, trace=None):
+    """Images (n, C, H, W) in [-1, 1] on the device; index i has seed --seed + i and class ids[i mod K]."""
+    cfg = state["config"]
+    shape = state["channels"], cfg.image_size, cfg.image_size
+    draws = seeded_noise([args.seed + i for i in indices], shape)
+
+    def noise(like=None):
+        return draws().to(device)
+    y = torch.tensor([ids[i % len(ids)] for i in indices], device=device) if ids else None
+    autocast, _ = pick_autocast(args.precision or cfg.precision, device)
+    with autocast():
+        return diffusion.sample(net, noise(), y, null=state["num_classes"], steps=args.steps, eta=args.eta,
+                                guidance=args.guidance, randn=noise, trace=trace)
+
+
+def draw_denoise(trace, file, columns=10, images=4):
+    """trace of (t, x_t, x0) -> PNG: for each image a row of x_t and one of the predicted x0, step by step."""
+    columns = min(columns, len(trace))
+    picked = [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    tiles = [[step[k][j] for step in picked] for j in range(images) for k in (1, 2)]
+    size = max(64, tiles[0][0].shape[-1])
+    left, top, gap = 40, 24, 4
+    picture = Image.new("RGB", (left + len(picked) * (size + gap), top + len(tiles) * (size + gap)), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for column, (t, _, _) in enumerate(picked):
+        pen.text((left + column * (size + gap) + size / 2, top / 2), f"t = {t}", "black", font, "mm")
+    for row, line in enumerate(tiles):
+        y = top + row * (size + gap)
+        pen.text((left / 2, y + size / 2), ("x_t", "x0")[row % 2], "black", font, "mm")
+        for column, tile in enumerate(line):
+            pixels = to_uint8(tile).expand(3, -1, -1).permute(1, 2, 0).numpy()
+            picture.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST),
+                          (left + column * (size + gap), y))
+    picture.save(file, "PNG")
+
+
+def fid(images, cfg, weights, device):
+    """Frechet Inception distance of uint8 images (N, C, H, W) to the run's training set. Raises UserError."""
+    from torch_fidelity import calculate_metrics
+
+    class Images(TensorDataset):
+        def __getitem__(self, i):
+            return self.tensors[0][i].expand(3, -1, -1)
+    real = load_data(cfg.data, "train", cfg.image_size).images
+    try:
+        metrics = calculate_metrics(input1=Images(images), input2=Images(real), fid=True, verbose=False,
+                                    cuda=device.type == "cuda", feature_extractor_weights_path=weights)
+    except Exception as e:                          # no network, a proxy, a file that is something else ...
+        require(False, f"FID could not be computed ({type(e).__name__}: {e}): if the Inception weights could "
+                       "not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the releases of "
+                       "github.com/toshas/torch-fidelity and name it with --fid-weights.")
+    return metrics["frechet_inception_distance"], len(real)
+
+
+@command
+def main(argv=None):
+    args = parse(argv)
+    device, rank, world = setup(args.device)
+    state, net, diffusion = load_run(args.run, device)
+    cfg, run = state["config"], Path(args.run)
+    ids = class_ids(args.classes, state["classes"], cfg.conditional)
+    if args.guidance is None:
+        args.guidance = GUIDANCE if ids else 1.0
+    require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
+    require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
+    how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
+    if args.denoise:
+        trace = []
+        draw(args, state, net, diffusion, device, ids, range(4), trace)
+        save_file(run / "denoise.png", lambda file: draw_denoise(trace, file))
+        return say(f"{run / 'denoise.png'}: {how}")
+
+    mine = list(range(args.n))[rank::world]
+    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    images = [to_uint8(draw(args, state, net, diffusion, device, ids, part))
+              for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1)]
+    shape = (0, state["channels"], cfg.image_size, cfg.image_size)
+    images = torch.cat(images) if images else torch.empty(shape, dtype=torch.uint8)
+    if world > 1:
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object(images, shares)
+        if rank == 0:                               # rank r holds the images r, r + world, ...
+            images = torch.empty(args.n, *shape[1:], dtype=torch.uint8)
+            for r, share in enumerate(shares):
+                images[r::world] = share
+    if rank > 0:
+        return
+    columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.n)
+    shown = images[:max(100, columns)].float() / 127.5 - 1
+    save_file(run / "samples.png", lambda file: save_grid(shown, file, min(columns, 20)))
+    say(f"{run / 'samples.png'}: {len(shown)} of {args.n:,} images; {how}")
+    if args.npz:
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        save_file(run / "samples.npz", lambda file: np.savez(file, pixels))
+        say(f"{run / 'samples.npz'}: arr_0 {pixels.shape} uint8")
+    if args.fid:
+        value, reference = fid(images, cfg, args.fid_weights, device)
+        say(f"FID {value:.3f}: {args.n:,} samples, {reference:,} training images of {cfg.data}; {how}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,483 @@
+"""Train a self-conditioned diffusion model.
+
+    python train.py --model unet --size tiny --data shapes        a CPU demo, no download
+    torchrun --nproc_per_node=2 train.py --model dit              CIFAR-10 on two GPUs; the same run as on one
+
+Lengths are in images and the batch size is global: more GPUs are faster, the experiment stays the same. All
+randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
+Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
+The order here: config, data, pieces of the loop, the loop.
+"""
+import argparse, copy, json, math, os, platform, subprocess, sys, time  # noqa: E401
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from diffusion import SCHEDULES, TARGETS, GaussianDiffusion, draw_shapes, save_grid, seeded_noise
+from dit_selfcond import DiT
+from unet_selfcond import UNet
+from uvit_selfcond import UViT
+
+MODELS = {"unet": UNet, "uvit": UViT, "dit": DiT}
+LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guidance (arXiv 2207.12598)
+CLIP = 1.0                # largest gradient norm
+EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
+LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
+GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
+
+
+class UserError(Exception):
+    """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
+
+
+def require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+def say(message, file=None):          # one line on the console, from the first process only
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message, file=file)
+
+
+def command(body):
+    """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
+    def main(argv=None):
+        try:
+            body(argv)
+        except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
+            say(f"error: {e}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return main
+
+
+# --- config: flags, help, log record and checkpoint record at once ---
+
+def flag(default, help, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices and list(choices)))
+
+
+@dataclass
+class Config:
+    model: str = flag("dit", "network", MODELS)
+    size: str = flag(None, "one of the network's SIZES [small; unet: base]")
+    data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, shapes or shapes:full")
+    image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16]")
+    out: str = flag(None, "run folder [runs/<model>-<size>-<data>]")
+    images: int = flag(None, "stop after so many training images [10,000,000 unless --minutes is given]")
+    minutes: float = flag(None, "stop after so many minutes")
+    batch_size: int = flag(256, "images a step, over all processes together [256]")
+    micro_batch: int = flag(None, "images a forward pass and process: less memory, same result [all]")
+    lr: float = flag(2e-4, "learning rate of AdamW [2e-4]")
+    warmup: int = flag(50_000, "images over which the rate rises from 0 [50,000]")
+    decay: int = flag(None, "images by which the rate has fallen linearly to 1 %% of --lr [never]")
+    ema: int = flag(500_000, "half-life of the weight average, in images [500,000]")
+    save_every: int = flag(500_000, "images between two checkpoints [500,000]")
+    sample_every: int = flag(500_000, "images between two sample grids [500,000]")
+    resume: bool = flag(False, "continue the run in --out; start fresh if it has no checkpoint")
+    conditional: bool = flag(False, "train with the class labels")
+    self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
+    target: str = flag("eps", "what the network predicts [eps]", TARGETS)
+    schedule: str = flag("linear", "noise schedule [linear]", SCHEDULES)
+    seed: int = flag(0, "of weights, batches and noise [0]")
+    device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
+    precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
+    compile: bool = flag(True, "torch.compile, where CUDA and Triton are [on]")
+    skip_bad: bool = flag(False, "leave out unreadable images of a folder")
+
+
+# --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
+TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
+                   ema=20_000, save_every=25_000, sample_every=25_000)
+TINY_IMAGES = {"unet": 100_000, "uvit": 100_000, "dit": 100_000}
+MAY_CHANGE = "out images minutes micro_batch save_every sample_every resume device precision compile skip_bad"
+
+
+def parse_config(argv=None):
+    """Flags -> Config with every default filled in. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
+    for f in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=f.metadata["choices"], metavar=f.type.__name__.upper())
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **kind)
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**given)
+    sizes, budget = MODELS[cfg.model].SIZES, 10_000_000
+    if (cfg.size, cfg.data) == ("tiny", "shapes"):
+        budget = TINY_IMAGES[cfg.model]
+        cfg = Config(**{**TINY_SHAPES, "decay": budget, **given})
+    cfg.size = cfg.size or list(sizes)[1]
+    require(cfg.size in sizes, f"--size {cfg.size} is not one of {cfg.model}: use {', '.join(sizes)}.")
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        require(f.type not in (int, float) or f.name == "seed" or value is None or value > 0,
+                f"--{f.name.replace('_', '-')} {value} is not possible: use a number above 0.")
+    cfg.images = cfg.images or (None if cfg.minutes else budget)
+    name = f"{cfg.model}-{cfg.size}-{Path(cfg.data).name.replace(':', '-')}"
+    cfg.out = cfg.out or f"runs/{name}" + "-baseline" * (not cfg.self_cond)
+    return cfg
+
+
+# --- data ---
+
+# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around it; or None
+Data = namedtuple("Data", "images labels masks classes")
+
+
+def load_data(spec, split, image_size=None, skip_bad=False):
+    """Data of a spec (see --data); split is "train" or "test". Raises UserError."""
+    if spec in ("cifar10", "cifar100"):
+        try:
+            found = getattr(torchvision.datasets, spec.upper())("data", split == "train", download=True)
+        except (OSError, RuntimeError) as e:        # URLError is an OSError
+            raise UserError(f"{spec} is not in ./data and could not be downloaded ({e}): go online, or use "
+                            "--data shapes (built in) or --data folder:PATH (images of yours).")
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        data = Data(images, torch.tensor(found.targets), None, found.classes)
+    elif spec.startswith("folder:"):
+        data = load_folder(Path(spec[len("folder:"):]).resolve(), split, image_size or 32, skip_bad)
+    else:
+        require(spec in ("shapes", "shapes:full"),
+                f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, shapes or shapes:full.")
+        n, seed = (50_000, 0) if split == "train" else (5_000, 1)
+        data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
+    if image_size and data.images.shape[-1] != image_size:
+        data = data._replace(images=v2.functional.resize(data.images, [image_size] * 2, antialias=True))
+    return data
+
+
+def list_folder(root, split):
+    """-> image files, labels, class names, of train/<class>/* and test or val, or of a flat folder."""
+    train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
+    part = (train if split == "train" else test) if train.is_dir() else root
+    require(part.is_dir() and (part != root or split == "train"),
+            f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
+    classes, found = ["image"], [(p, 0) for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+    if part != root:
+        classes, others = [sorted(p.name for p in d.glob("*") if p.is_dir()) for d in (train, test)]
+        extra = sorted(set(others) - set(classes))
+        require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
+        found = make_dataset(part, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
+    require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
+
+
+def load_folder(root, split, size, skip_bad):
+    """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
+    files, labels, classes = list_folder(root, split)
+    stamp = json.dumps([[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+    cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
+    if cache.exists() and str((kept := np.load(cache))["stamp"]) == stamp:
+        return Data(torch.from_numpy(kept["images"]), labels, None, classes)
+    fit = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+    def decode(path):
+        try:
+            return fit(pil_loader(path))
+        except Exception as e:                      # Pillow raises many kinds for broken files
+            require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(tqdm(pool.map(decode, files), f"decoding {split}", len(files), unit="img", delay=1))
+    good = [i for i, image in enumerate(images) if image is not None]
+    if len(good) < len(files):
+        say(f"left out {len(files) - len(good)} unreadable images of {root}")
+    require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
+    images = torch.stack([images[i] for i in good])
+    try:
+        if len(good) == len(files):
+            save_file(cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp))
+    except UserError as e:
+        say(f"these images will be decoded again next time: {e}")
+    return Data(images, labels[good], None, classes)
+
+
+# --- pieces of the loop ---
+
+def setup(name=None):
+    """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = name or next(kind for kind in there if there[kind])
+    require(there.get(name), f"--device {name} is not there: use {', '.join(k for k in there if there[k])}.")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_autocast(name, device):
+    """-> a maker of autocast contexts, its dtype. What does not work here gives way to fp32, said once."""
+    if name is None and device.type == "cuda":      # below capability 8, bf16 is only emulated
+        name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    try:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+    except Exception as e:
+        say(f"{name} does not work on {device} ({e}): going on in fp32")
+        dtype = None
+    return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), dtype
+
+
+def build(cfg, channels, num_classes):
+    """-> network, diffusion. Raises UserError where the image size does not fit the network."""
+    try:
+        net_class = MODELS[cfg.model]
+        net = net_class(cfg.image_size, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
+    except ValueError as e:
+        raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
+    return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
+
+
+class Batches:
+    """The batch of a step: a pure function of (seed, step), however many processes share it.
+
+    Draws for the global batch of B images, keeps a process's share b: x0 (b, C, H, W) in [-1, 1], half of it
+    flipped; t (b,); noise (b, C, H, W); y (b,), some "no class", or None. The data lives on the device if it
+    fills less than half of the free memory (resident), else on the host, fetched one batch ahead.
+    """
+
+    def __init__(self, data, cfg, T, device, rank=0, world=1, resident=None):
+        if resident is None:
+            resident = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.images, self.labels = (x.to(device if resident else "cpu") for x in data[:2])
+        self.cfg, self.T, self.K, self.device = cfg, T, len(data.classes), device
+        self.mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
+        self.pool, self.ahead = None if resident else ThreadPoolExecutor(1), {}
+
+    def fetch(self, step):
+        g = torch.Generator().manual_seed((self.cfg.seed << 32) + step)
+        i = torch.randperm(len(self.labels), generator=g)[:self.cfg.batch_size][self.mine]
+        x, y = self.images[i.to(self.images.device)], self.labels[i.to(self.labels.device)]
+        return (x.pin_memory(), y.pin_memory()) if self.pool and self.device.type == "cuda" else (x, y)
+
+    def __call__(self, step):
+        x, y = self.ahead.pop(step).result() if step in self.ahead else self.fetch(step)
+        if self.pool:
+            self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        x0 = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        g = torch.Generator(self.device).manual_seed((self.cfg.seed << 32) + step)
+        B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
+        flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
+        t = torch.randint(self.T, (B,), **on)[self.mine]
+        noise = torch.randn(B, *x.shape[1:], **on)[self.mine]
+        drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
+        y = torch.where(drop, self.K, y) if self.cfg.conditional else None
+        return torch.where(flip, x0.flip(3), x0), t, noise, y
+
+
+@torch.no_grad()
+def update_ema(ema, net, cfg, images):
+    """ema <- beta ema + (1 - beta) net; its half-life, in images, ramps up (EDM, arXiv 2206.00364, F.2)."""
+    beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * images))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+def save_file(path, write):
+    """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({e}), its last version is whole: make room, then --resume.")
+
+
+def read_checkpoint(path):
+    """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "config": Config(**state["config"]), "ema": state["ema"]}
+    except Exception as e:
+        raise UserError(f"{path} is no whole checkpoint ({type(e).__name__}): restore a copy or train anew.")
+
+
+def load_run(folder, device):
+    """Run folder -> checkpoint dict, EMA network in eval mode, diffusion. Raises UserError."""
+    path = Path(folder) / "checkpoint.pt"
+    require(path.exists(), f"{path} does not exist: give the folder of a run of train.py.")
+    state = read_checkpoint(path)
+    net, diffusion = build(state["config"], state["channels"], state["num_classes"])
+    net.load_state_dict(state["ema"])
+    return state, net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), diffusion
+
+
+# --- the loop ---
+
+def train(cfg):
+    start, out = time.time(), Path(cfg.out)
+    path, log = out / "checkpoint.pt", out / "log.jsonl"
+    device, rank, world = setup(cfg.device)
+    first, ddp, share = rank == 0, dist.is_initialized(), cfg.batch_size // world     # share: of this process
+    micro = cfg.micro_batch or share
+
+    # whatever can be wrong is found before anything is written
+    require(cfg.batch_size % world == 0,
+            f"--batch-size {cfg.batch_size} is not divisible by the {world} processes: use a multiple.")
+    require(share % micro == 0, f"--micro-batch {micro} does not divide a process's {share}: use a divisor.")
+    require(cfg.resume or not out.exists() or out.is_dir() and not any(out.iterdir()),
+            f"{out} exists and is not empty: go on with --resume, or choose another --out.")
+    state = read_checkpoint(path) if path.exists() else None
+    if not first:
+        dist.barrier()                                     # the first downloads and decodes, the others wait
+    data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad)
+    if ddp and first:
+        dist.barrier()
+    cfg.image_size = data.images.shape[-1]
+    require(cfg.batch_size <= len(data.images),
+            f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
+    require(len(data.classes) > 1 or not cfg.conditional,
+            f"--conditional needs classes, {cfg.data} has one: drop it, or sort them into train/<class>/.")
+    for name, value in asdict(state["config"] if state else cfg).items():
+        require(name in MAY_CHANGE.split() or value == getattr(cfg, name), f"{path} was trained with {name} "
+                f"{value}: resume it with the same flags, or choose another --out.")
+
+    # network, its average, optimiser
+    torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+    channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
+    net, diffusion = build(cfg, channels, num_classes)
+    net = net.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    autocast, dtype = pick_autocast(cfg.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    images, loss_count, loss_sum = 0, 0, torch.zeros((), device=device)
+    if state:
+        for part, name in ((net, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(state[name])
+        images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]
+    if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
+        torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
+        for block in net.blocks:                           # in place: names stay; as a whole it takes minutes
+            block.compile()
+    elif cfg.compile:
+        say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
+    model = DistributedDataParallel(net) if ddp else net
+    batches = Batches(data, cfg, diffusion.T, device, rank, world)
+    count = sum(p.numel() for p in net.parameters())
+
+    def mean_loss():
+        """Of the steps since the last log point, over all processes. Raises UserError if it is not finite."""
+        total = loss_sum.clone()
+        if ddp:
+            dist.all_reduce(total)
+        mean = total.item() / world / max(loss_count, 1)
+        require(math.isfinite(mean), f"the loss is not finite between {logged} and {images} images, {path} is "
+                                     "from before: lower --lr.")
+        return mean
+
+    def save():
+        mean = mean_loss()                                 # a state that is not finite is never saved
+        if first:
+            save_file(path, lambda file: torch.save(dict(
+                step=images // cfg.batch_size, images=images, config=asdict(cfg), model=net.state_dict(),
+                ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                loss_sum=mean * loss_count, loss_count=loss_count, channels=channels,
+                num_classes=num_classes, classes=data.classes), file))
+
+    def draw():
+        if first:                                          # 8 rows of samples; a column a class, at most 10
+            K, columns = num_classes, min(num_classes, 10) or 8
+            noise = seeded_noise(range(8 * columns), data.images.shape[1:])().to(device)
+            y = torch.arange(columns, device=device).repeat(8) if K else None
+            with autocast():
+                x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1)
+            save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
+
+    def over():
+        """Is the budget spent? The first process's clock decides for all."""
+        late = torch.tensor(bool(cfg.minutes) and time.time() - start > 60 * cfg.minutes)
+        if ddp and cfg.minutes:
+            dist.broadcast(late, 0)
+        return bool(late) or bool(cfg.images) and images >= cfg.images
+
+    if first:
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+        chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
+                    versions=f"Python {platform.python_version()}, torch {torch.__version__}",
+                    commit=git.stdout.decode().strip())
+        save_file(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
+        old = log.read_text().splitlines() if state and log.exists() else [json.dumps(head)]
+        old = [x for x in old if x[-1:] == "}" and json.loads(x).get("images", 0) <= images]
+        save_file(log, lambda file: file.write("".join(x + "\n" for x in old).encode()))
+    say(f"{cfg.model} {cfg.size}, {count:,} parameters; {cfg.data}, {len(data.images):,} images; {world} x "
+        f"{device}; from image {images:,} on")
+    logged, logged_time = images, time.time()
+    bar = tqdm(total=cfg.images, initial=images, unit="img", unit_scale=True, disable=not first)
+    done = over()
+    while not done:
+        step = images // cfg.batch_size
+        x0, t, noise, y = batches(step)
+        torch.manual_seed((cfg.seed << 32) + step * world + rank)      # dropout follows (seed, step) too
+        fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
+        optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
+        for i in range(0, share, micro):
+            part = slice(i, i + micro)
+            with model.no_sync() if ddp and i + micro < share else nullcontext(), autocast():
+                some = [x if x is None else x[part] for x in (x0, t, noise, y)]
+                loss = diffusion.loss(model, *some).sum() / share
+                scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        images, loss_count = images + cfg.batch_size, loss_count + 1
+        update_ema(ema, net, cfg, images)
+
+        done = over()
+        bar.update(cfg.batch_size)
+        if loss_count == LOG_STEPS or done:
+            speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
+            record = dict(images=images, loss=mean_loss(), lr=lr, images_per_second=round(speed, 1),
+                          seconds=round(seconds, 1))
+            bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
+            if first:
+                with open(log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if loss_count == LOG_STEPS:
+                loss_sum, loss_count, logged, logged_time = torch.zeros_like(loss_sum), 0, images, time.time()
+        if images // cfg.save_every > (images - cfg.batch_size) // cfg.save_every and not done:
+            save()
+        if images // cfg.sample_every > (images - cfg.batch_size) // cfg.sample_every and not done:
+            draw()
+    bar.close()
+    save()
+    draw()
+    say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
+        f"samples: {out / f'samples-{images}.png'}")
+
+
+@command
+def main(argv=None):
+    train(parse_config(argv))
+
+
+if __name__ == "__main__":
+    main()
