@@ -151,7 +151,7 @@ class DiT(nn.Module):
     """
 
     SIZES = {
-        "tiny": dict(dim=128, depth=4, heads=4, patch=4),
+        "tiny": dict(dim=128, depth=6, heads=4, patch=4),
         "small": dict(dim=384, depth=12, heads=6, patch=2),
         "base": dict(dim=768, depth=12, heads=12, patch=2),
         "large": dict(dim=1024, depth=24, heads=16, patch=2),

@@ -51,8 +51,8 @@ def parse(argv):
         require(importlib.util.find_spec("torch_fidelity"),
                 "--fid needs torch-fidelity, which is not installed: pip install torch-fidelity==0.4.0")
         require(args.fid_weights is None or Path(args.fid_weights).is_file(),
-                f"--fid-weights {args.fid_weights} is not a file: name the Inception weights, or leave it out "
-                "to download them.")
+                f"--fid-weights {args.fid_weights} is not a file: name the Inception weights, or leave it "
+                "out to download them.")
     return args
 
 
@@ -119,8 +119,8 @@ def fid(images, cfg, weights, device):
                                     cuda=device.type == "cuda", feature_extractor_weights_path=weights)
     except Exception as e:                          # no network, a proxy, a file that is something else ...
         require(False, f"FID could not be computed ({type(e).__name__}: {e}): if the Inception weights could "
-                       "not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the releases of "
-                       "github.com/toshas/torch-fidelity and name it with --fid-weights.")
+                       "not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the releases "
+                       "of github.com/toshas/torch-fidelity and name it with --fid-weights.")
     return metrics["frechet_inception_distance"], len(real)
 
 

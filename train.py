@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 from torchvision.transforms import v2
@@ -103,7 +104,7 @@ class Config:
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
                    ema=20_000, save_every=25_000, sample_every=25_000)
-TINY_IMAGES = {"unet": 100_000, "uvit": 100_000, "dit": 100_000}
+TINY_IMAGES = {"unet": 80_000, "uvit": 500_000, "dit": 400_000}
 MAY_CHANGE = "out images minutes micro_batch save_every sample_every resume device precision compile skip_bad"
 
 
@@ -184,11 +185,10 @@ def load_folder(root, split, size, skip_bad):
     cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
     if cache.exists() and str((kept := np.load(cache))["stamp"]) == stamp:
         return Data(torch.from_numpy(kept["images"]), labels, None, classes)
-    fit = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def decode(path):
         try:
-            return fit(pil_loader(path))
+            return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))      # centre crop, resize
         except Exception as e:                      # Pillow raises many kinds for broken files
             require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -197,7 +197,7 @@ def load_folder(root, split, size, skip_bad):
     if len(good) < len(files):
         say(f"left out {len(files) - len(good)} unreadable images of {root}")
     require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
-    images = torch.stack([images[i] for i in good])
+    images = torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2).contiguous()
     try:
         if len(good) == len(files):
             save_file(cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp))
@@ -327,8 +327,7 @@ def load_run(folder, device):
 # --- the loop ---
 
 def train(cfg):
-    start, out = time.time(), Path(cfg.out)
-    path, log = out / "checkpoint.pt", out / "log.jsonl"
+    out, path, log = (Path(cfg.out) / name for name in ("", "checkpoint.pt", "log.jsonl"))
     device, rank, world = setup(cfg.device)
     first, ddp, share = rank == 0, dist.is_initialized(), cfg.batch_size // world     # share: of this process
     micro = cfg.micro_batch or share
@@ -355,6 +354,7 @@ def train(cfg):
                 f"{value}: resume it with the same flags, or choose another --out.")
 
     # network, its average, optimiser
+    start = time.time()
     torch.manual_seed(cfg.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
@@ -373,21 +373,20 @@ def train(cfg):
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
         for block in net.blocks:                           # in place: names stay; as a whole it takes minutes
-            block.compile()
+            block.compile(dynamic=False)
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
     model = DistributedDataParallel(net) if ddp else net
     batches = Batches(data, cfg, diffusion.T, device, rank, world)
     count = sum(p.numel() for p in net.parameters())
 
-    def mean_loss():
-        """Of the steps since the last log point, over all processes. Raises UserError if it is not finite."""
+    def mean_loss():                                       # since the last log point, over all processes
         total = loss_sum.clone()
         if ddp:
             dist.all_reduce(total)
         mean = total.item() / world / max(loss_count, 1)
-        require(math.isfinite(mean), f"the loss is not finite between {logged} and {images} images, {path} is "
-                                     "from before: lower --lr.")
+        require(math.isfinite(mean), f"the loss is not finite between {logged} and {images} images, {path} "
+                                     "is from before: lower --lr.")
         return mean
 
     def save():
@@ -408,8 +407,7 @@ def train(cfg):
                 x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1)
             save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
 
-    def over():
-        """Is the budget spent? The first process's clock decides for all."""
+    def over():                                            # is the budget spent? the first's clock decides for all
         late = torch.tensor(bool(cfg.minutes) and time.time() - start > 60 * cfg.minutes)
         if ddp and cfg.minutes:
             dist.broadcast(late, 0)
@@ -417,7 +415,7 @@ def train(cfg):
 
     if first:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-        chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
                     versions=f"Python {platform.python_version()}, torch {torch.__version__}",
                     commit=git.stdout.decode().strip())
@@ -450,7 +448,6 @@ def train(cfg):
         optimizer.zero_grad()
         images, loss_count = images + cfg.batch_size, loss_count + 1
         update_ema(ema, net, cfg, images)
-
         done = over()
         bar.update(cfg.batch_size)
         if loss_count == LOG_STEPS or done:

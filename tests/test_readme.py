@@ -1,0 +1,258 @@
+"""README.md: its commands run; the files, flags, pictures and links in it exist. And the repository's form."""
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+from torch.distributed.run import get_args_parser
+
+import sample
+import train
+from diffusion import GaussianDiffusion, draw_shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
+SCRIPTS = {"train.py": train, "sample.py": sample}
+NOT_RUN = "-m pytest", "-m pip", "-m venv"          # and whatever is no command of python or torchrun
+BATCH = 4                                           # of the tiny budget
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CARD = """README.md requirements.txt unet_selfcond.py uvit_selfcond.py dit_selfcond.py diffusion.py train.py
+          probe.py sample.py tests""".split()
+FENCES = re.compile(r"^ *```.*?^ *```", re.M | re.S)
+readme = pytest.mark.skipif(not README.exists(), reason="README.md does not exist yet")
+
+
+def shell_commands(text):
+    """Words of each command in the ```bash blocks: continued lines joined, && split, VAR=... left out."""
+    commands = []
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;", line):
+                words = shlex.split(part.removeprefix("$ "), comments=True)
+                while words and re.match(r"\w+=", words[0]):
+                    words.pop(0)
+                commands.append(words)
+    return [words for words in commands if words]
+
+
+def script_and_flags(words):
+    """A command of python or torchrun -> its script and the script's flags, or None if it is not to be run.
+
+    torchrun's own flags go through torchrun's own parser. --fid-weights names a file that is not here.
+    """
+    if words[0] == "torchrun" or words[1:3] == ["-m", "torch.distributed.run"]:
+        given = get_args_parser().parse_args(words[1 if words[0] == "torchrun" else 3:])
+        words = ["python", given.training_script, *given.training_script_args]
+    if "--fid-weights" in words:
+        words = words[:words.index("--fid-weights")] + words[words.index("--fid-weights") + 2:]
+    return None if " ".join(words[1:3]) in NOT_RUN else (words[1], words[2:])
+
+
+COMMANDS = shell_commands(TEXT)
+RUN = [words for words in COMMANDS if words[0] in ("python", "torchrun")]
+
+
+def train_flags():
+    """The flags of each train.py command."""
+    found = [script_and_flags(words) for words in RUN if "train.py" in words]
+    return [flags for script, flags in found if script == "train.py"]
+
+
+class Cifar:
+    """Stands in for torchvision's CIFAR10 and CIFAR100, which would be downloaded."""
+    classes = CIFAR10
+
+    def __init__(self, root, train, download):
+        self.data = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+        self.targets = [i % 10 for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory with a small folder of images, photos."""
+    place = tmp_path_factory.mktemp("readme")
+    for i, (split, name) in enumerate((split, name) for split in ("train", "test") for name in CIFAR10):
+        folder = place / "photos" / split / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 36), (12 * i, 90, 120)).save(folder / "1.png")
+    return place
+
+
+@pytest.fixture
+def small(place, monkeypatch):
+    """What takes long or is not here is replaced by something small; place is the working directory."""
+    load_folder, steps, find_spec = train.load_folder, GaussianDiffusion.sample, importlib.util.find_spec
+    for net in train.MODELS.values():
+        less = dict(dim=32, blocks=1) if "mults" in net.SIZES["tiny"] else dict(dim=32, depth=2, heads=2)
+        monkeypatch.setattr(net, "SIZES", {size: {**kwargs, **less} for size, kwargs in net.SIZES.items()})
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Cifar)
+    monkeypatch.setattr(train, "draw_shapes", lambda n, *args, **kwargs: draw_shapes(20, *args, **kwargs))
+    monkeypatch.setattr(train, "load_folder", lambda root, *args: load_folder(place / "photos", *args))
+    monkeypatch.setattr(GaussianDiffusion, "sample",
+                        lambda *args, **kwargs: steps(*args, **{**kwargs, "steps": 2}))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
+    monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
+    monkeypatch.chdir(place)
+    return place
+
+
+def train_run(flags):
+    """Runs train.py with a tiny budget appended -> the run's folder."""
+    folder = Path(train.parse_config(flags).out)
+    if folder.exists() and "--resume" not in flags:
+        shutil.rmtree(folder)                       # the same run is trained by several commands
+    budget = f"--images {2 * BATCH} --batch-size {BATCH} --device cpu --no-compile"
+    budget += " --micro-batch 2" * ("--micro-batch" in flags)
+    train.main([*flags, *budget.split()])
+    return folder
+
+
+@readme
+@pytest.mark.parametrize("words", RUN, ids=" ".join)
+def test_command(small, words):
+    """Every command of the README runs, on a tiny budget, and writes what it promises.
+
+    Networks, data, images and steps are few and small, cifar10 and folder: are stand-ins, the FID is not
+    computed, and torchrun's scripts run in this process: the flags and the names are the README's. sample.py
+    gets the run that a train.py command of the README makes.
+    """
+    found = script_and_flags(words)
+    if found is None:
+        return
+    script, flags = found
+    assert script in SCRIPTS, f"{script} is no script that this test knows"
+    if script == "train.py":
+        folder = train_run(flags)
+        assert (folder / "checkpoint.pt").exists() and (folder / f"samples-{2 * BATCH}.png").exists()
+        return
+    args = sample.parse(flags)
+    made = {Path(train.parse_config(other).out): other for other in train_flags()}
+    assert Path(args.run) in made, f"no train.py command of the README makes {args.run}"
+    if not Path(args.run, "checkpoint.pt").exists():
+        train_run(made[Path(args.run)])
+    expected = {"denoise.png"} if args.denoise else {"samples.png"} | ({"samples.npz"} if args.npz else set())
+    for name in expected:
+        Path(args.run, name).unlink(missing_ok=True)
+    sample.main([*flags, *"--n 3 --steps 2 --device cpu".split()])
+    assert all(Path(args.run, name).exists() for name in expected)
+
+
+@readme
+def test_other_commands():
+    """No script hides behind another first word than python or torchrun, where the test above misses it."""
+    others = [words for words in COMMANDS if words not in RUN]
+    assert not [words for words in others if any(word.endswith(".py") for word in words)]
+
+
+@readme
+@pytest.mark.parametrize("command", [
+    "python train.py --model unet --size tiny --data shapes", "python -m pytest"])
+def test_two_commands(command):
+    """The two commands for a fresh machine stand in the README, word by word, in one line each."""
+    command = re.escape(f"pip install -r requirements.txt && {command}")
+    assert re.search(rf"^ *{command} *(#.*)?$", TEXT, re.M)
+
+
+@readme
+def test_inline_commands(small):
+    """Whole commands in the running text and in tables pass their script's parser."""
+    for code in re.findall(r"`((?:python|torchrun) [^`]+)`", FENCES.sub("", TEXT)):
+        pattern = re.search(r"\.\.\.|[\[\]<>|…]", code)
+        script, flags = not pattern and script_and_flags(shlex.split(code)) or ("", [])
+        if script:
+            assert script in SCRIPTS, code
+            (train.parse_config if script == "train.py" else sample.parse)(flags)
+
+
+@readme
+def test_flags_exist(capsys):
+    """Every --flag that the README mentions is one of train.py, sample.py, torchrun or this test suite."""
+    known = get_args_parser().format_help() + (ROOT / "tests/conftest.py").read_text()
+    for script in SCRIPTS.values():
+        with pytest.raises(SystemExit) as exit:
+            script.main(["--help"])
+        assert not exit.value.code
+        known += capsys.readouterr().out
+    known = set(re.findall(r"--[a-z][\w-]*", known))
+    others = {word for words in COMMANDS if words not in RUN for word in words}     # of pip, git ...
+    text = re.sub(r"https?://\S+|<!--.*?-->", "", TEXT, flags=re.S)
+    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known - others
+
+
+@readme
+def test_files_exist():
+    """Every .py file that the README mentions exists."""
+    names = re.findall(r"[\w./-]+\.py\b", re.sub(r"https?://\S+", "", TEXT))
+    names = {re.sub(r"^[ab]/", "", name) for name in names}                         # of a diff
+    assert {"train.py", "sample.py", "diffusion.py"} <= names
+    assert not [name for name in names if not any((ROOT / at / name).exists() for at in ("", "tests"))]
+
+
+@readme
+def test_links():
+    """Relative links lead to files of the repository or to headings of the README; its pictures can be read."""
+    text = FENCES.sub("", TEXT)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]*?src=\"([^\"]+)\"", text)
+    pictures = [link for links in pictures for link in links if link]
+    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"href=\"([^\"]+)\"", text)
+    titles = [re.sub(r"[^\w\- ]", "", title.lower().strip()).replace(" ", "-")
+              for title in re.findall(r"^#+ +(.+)$", text, re.M)]
+    assert pictures, "a README without pictures that the code made"
+    for link in pictures + links:
+        path, _, title = link.partition("#")
+        if not re.match(r"[a-z]+:", link):
+            assert (ROOT / path).exists() and (path or title in titles), link
+    for picture in pictures:
+        if not re.match(r"[a-z]+:", picture) and not picture.endswith(".svg"):
+            with Image.open(ROOT / picture) as image:
+                image.verify()
+
+
+@readme
+def test_licence():
+    """The last section is the text of the MIT licence."""
+    last = re.split(r"^## ", TEXT, flags=re.M)[-1]
+    assert re.match(r".*licen[cs]e", last.splitlines()[0], re.I)
+    assert "Permission is hereby granted, free of charge" in " ".join(last.split()) and '"AS IS"' in last
+
+
+def test_requirements():
+    """requirements.txt names the five packages, each with a lower bound, and nothing else."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    names = [re.fullmatch(r"(\w+)>=[\d.]+", line).group(1) for line in lines]
+    assert sorted(names) == ["numpy", "pytest", "torch", "torchvision", "tqdm"]
+
+
+def test_top_level():
+    """The top level holds the files of the design and hidden ones, nothing else."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not (ROOT / ".git").exists():
+        pytest.skip("this is no git repository")
+    names = {name.split("/")[0] for name in done.stdout.split("\0") if name}
+    assert not [name for name in names if name not in CARD and not name.startswith(".")]
+
+
+@pytest.mark.parametrize("name, most", [
+    ("unet_selfcond.py", 360), ("uvit_selfcond.py", 360), ("dit_selfcond.py", 360), ("train.py", 480)])
+def test_length(name, most):
+    """A network fits into 360 lines, train.py into 480."""
+    assert len((ROOT / name).read_text().splitlines()) <= most
+
+
+def test_columns():
+    """No line of Python is longer than 110 columns."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+    lines = [(file.name, i, line) for file in files
+             for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)]
+    assert len(files) > 6 and not [place for *place, line in lines if len(line) > 110]
