@@ -3,7 +3,7 @@
     python sample.py runs/unet-tiny-shapes                         64 images: samples.png
     python sample.py runs/unet-tiny-shapes --classes star heart    of these classes only
     python sample.py runs/unet-tiny-shapes --denoise               the reverse process in steps: denoise.png
-    torchrun --nproc_per_node=2 sample.py runs/dit-small-cifar10 --n 50000 --npz --fid
+    torchrun --nproc_per_node=2 sample.py runs/dit-small-cifar10 -n 50000 --npz --fid
 
 Image i is drawn with seed --seed + i and is the same for any batch size and any number of GPUs (pixels agree
 within 2 of 255 levels on one kind of device). Everything is written into the run's folder.
@@ -29,7 +29,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
     parser.add_argument("run", help="folder of a run of train.py")
-    parser.add_argument("--n", type=int, default=64, help="number of images [64]")
+    parser.add_argument("-n", "--n", type=int, default=64, help="number of images [64]")
     parser.add_argument("--steps", type=int, help="steps of the sampler [ddim: 50, ddpm: 1000]")
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="[ddim]")
     parser.add_argument("--guidance", type=float, help=f"1 is off [{GUIDANCE} where there are classes]")
@@ -44,7 +44,7 @@ def parse(argv):
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
     args.eta = float(args.sampler == "ddpm")
-    args.steps = args.steps or (1000 if args.sampler == "ddpm" else 50)
+    args.steps = (1000 if args.sampler == "ddpm" else 50) if args.steps is None else args.steps
     require(args.n > 0, f"--n {args.n} is not possible: use 1 or more.")
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
     if args.fid:                                    # found out now, not after hours of sampling
@@ -106,22 +106,24 @@ def draw_denoise(trace, file, columns=10, images=4):
     picture.save(file, "PNG")
 
 
-def fid(images, cfg, weights, device):
-    """Frechet Inception distance of uint8 images (N, C, H, W) to the run's training set. Raises UserError."""
-    from torch_fidelity import calculate_metrics
+class Images(TensorDataset):
+    """uint8 images (N, C, H, W) as torch-fidelity wants them: one by one, with three channels."""
 
-    class Images(TensorDataset):
-        def __getitem__(self, i):
-            return self.tensors[0][i].expand(3, -1, -1)
-    real = load_data(cfg.data, "train", cfg.image_size).images
+    def __getitem__(self, i):
+        return self.tensors[0][i].expand(3, -1, -1)
+
+
+def fid(images, real, weights, device):
+    """Frechet Inception distance of two sets of uint8 images (N, C, H, W). Raises UserError."""
+    from torch_fidelity import calculate_metrics
     try:
         metrics = calculate_metrics(input1=Images(images), input2=Images(real), fid=True, verbose=False,
                                     cuda=device.type == "cuda", feature_extractor_weights_path=weights)
     except Exception as e:                          # no network, a proxy, a file that is something else ...
-        require(False, f"FID could not be computed ({type(e).__name__}: {e}): if the Inception weights could "
-                       "not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the releases "
-                       "of github.com/toshas/torch-fidelity and name it with --fid-weights.")
-    return metrics["frechet_inception_distance"], len(real)
+        require(False, f"FID could not be computed ({str(e).splitlines()[0]}): if the Inception weights "
+                       "could not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the "
+                       "releases of github.com/toshas/torch-fidelity and name it with --fid-weights.")
+    return metrics["frechet_inception_distance"]
 
 
 @command
@@ -136,6 +138,9 @@ def main(argv=None):
     require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
     require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
+    real = load_data(cfg.data, "train", cfg.image_size).images if args.fid and rank == 0 else None
+    if args.denoise and rank > 0:
+        return
     if args.denoise:
         trace = []
         draw(args, state, net, diffusion, device, ids, range(4), trace)
@@ -166,8 +171,8 @@ def main(argv=None):
         save_file(run / "samples.npz", lambda file: np.savez(file, pixels))
         say(f"{run / 'samples.npz'}: arr_0 {pixels.shape} uint8")
     if args.fid:
-        value, reference = fid(images, cfg, args.fid_weights, device)
-        say(f"FID {value:.3f}: {args.n:,} samples, {reference:,} training images of {cfg.data}; {how}")
+        value = fid(images, real, args.fid_weights, device)
+        say(f"FID {value:.3f}: {args.n:,} samples, {len(real):,} training images of {cfg.data}; {how}")
 
 
 if __name__ == "__main__":

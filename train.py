@@ -6,7 +6,6 @@
 Lengths are in images and the batch size is global: more GPUs are faster, the experiment stays the same. All
 randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
-The order here: config, data, pieces of the loop, the loop.
 """
 import argparse, copy, json, math, os, platform, subprocess, sys, time  # noqa: E401
 from collections import namedtuple
@@ -22,7 +21,7 @@ import torchvision
 from PIL import ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
-from torchvision.transforms import v2
+from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from diffusion import SCHEDULES, TARGETS, GaussianDiffusion, draw_shapes, save_grid, seeded_noise
@@ -37,20 +36,20 @@ EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the imag
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
 
-
 class UserError(Exception):
     """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
-
 
 def require(ok, message):
     if not ok:
         raise UserError(message)
 
+def mix(*numbers):
+    """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def say(message, file=None):          # one line on the console, from the first process only
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message, file=file)
-
 
 def command(body):
     """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
@@ -70,7 +69,6 @@ def command(body):
 
 def flag(default, help, choices=None):
     return field(default=default, metadata=dict(help=help, choices=choices and list(choices)))
-
 
 @dataclass
 class Config:
@@ -100,13 +98,11 @@ class Config:
     compile: bool = flag(True, "torch.compile, where CUDA and Triton are [on]")
     skip_bad: bool = flag(False, "leave out unreadable images of a folder")
 
-
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
-                   ema=20_000, save_every=25_000, sample_every=25_000)
+                   ema=20_000, save_every=20_000, sample_every=40_000)
 TINY_IMAGES = {"unet": 80_000, "uvit": 500_000, "dit": 400_000}
 MAY_CHANGE = "out images minutes micro_batch save_every sample_every resume device precision compile skip_bad"
-
 
 def parse_config(argv=None):
     """Flags -> Config with every default filled in. Raises UserError."""
@@ -126,10 +122,10 @@ def parse_config(argv=None):
     require(cfg.size in sizes, f"--size {cfg.size} is not one of {cfg.model}: use {', '.join(sizes)}.")
     for f in fields(Config):
         value = getattr(cfg, f.name)
-        require(f.type not in (int, float) or f.name == "seed" or value is None or value > 0,
-                f"--{f.name.replace('_', '-')} {value} is not possible: use a number above 0.")
+        require(f.type not in (int, float) or value is None or value > -(f.name == "seed"),
+                f"--{f.name.replace('_', '-')} {value} is impossible: use more than {-(f.name == 'seed')}.")
     cfg.images = cfg.images or (None if cfg.minutes else budget)
-    name = f"{cfg.model}-{cfg.size}-{Path(cfg.data).name.replace(':', '-')}"
+    name = f"{cfg.model}-{cfg.size}-{Path(cfg.data.removeprefix('folder:')).name.replace(':', '-')}"
     cfg.out = cfg.out or f"runs/{name}" + "-baseline" * (not cfg.self_cond)
     return cfg
 
@@ -138,7 +134,6 @@ def parse_config(argv=None):
 
 # images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around it; or None
 Data = namedtuple("Data", "images labels masks classes")
-
 
 def load_data(spec, split, image_size=None, skip_bad=False):
     """Data of a spec (see --data); split is "train" or "test". Raises UserError."""
@@ -158,9 +153,8 @@ def load_data(spec, split, image_size=None, skip_bad=False):
         n, seed = (50_000, 0) if split == "train" else (5_000, 1)
         data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
     if image_size and data.images.shape[-1] != image_size:
-        data = data._replace(images=v2.functional.resize(data.images, [image_size] * 2, antialias=True))
+        data = data._replace(images=resize(data.images, [image_size, image_size], antialias=True))
     return data
-
 
 def list_folder(root, split):
     """-> image files, labels, class names, of train/<class>/* and test or val, or of a flat folder."""
@@ -173,10 +167,10 @@ def list_folder(root, split):
         classes, others = [sorted(p.name for p in d.glob("*") if p.is_dir()) for d in (train, test)]
         extra = sorted(set(others) - set(classes))
         require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
-        found = make_dataset(part, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
+        index = {name: k for k, name in enumerate(classes)}
+        found = make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True) if classes else []
     require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
     return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
-
 
 def load_folder(root, split, size, skip_bad):
     """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
@@ -194,9 +188,9 @@ def load_folder(root, split, size, skip_bad):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = list(tqdm(pool.map(decode, files), f"decoding {split}", len(files), unit="img", delay=1))
     good = [i for i, image in enumerate(images) if image is not None]
+    require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
     if len(good) < len(files):
         say(f"left out {len(files) - len(good)} unreadable images of {root}")
-    require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
     images = torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2).contiguous()
     try:
         if len(good) == len(files):
@@ -214,12 +208,10 @@ def setup(name=None):
     name = name or next(kind for kind in there if there[kind])
     require(there.get(name), f"--device {name} is not there: use {', '.join(k for k in there if there[k])}.")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    if name == "cuda":
-        torch.cuda.set_device(device)
+    torch.cuda.set_device(device) if name == "cuda" else None
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def pick_autocast(name, device):
     """-> a maker of autocast contexts, its dtype. What does not work here gives way to fp32, said once."""
@@ -234,7 +226,6 @@ def pick_autocast(name, device):
         dtype = None
     return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), dtype
 
-
 def build(cfg, channels, num_classes):
     """-> network, diffusion. Raises UserError where the image size does not fit the network."""
     try:
@@ -243,7 +234,6 @@ def build(cfg, channels, num_classes):
     except ValueError as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
     return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
-
 
 class Batches:
     """The batch of a step: a pure function of (seed, step), however many processes share it.
@@ -262,7 +252,7 @@ class Batches:
         self.pool, self.ahead = None if resident else ThreadPoolExecutor(1), {}
 
     def fetch(self, step):
-        g = torch.Generator().manual_seed((self.cfg.seed << 32) + step)
+        g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
         i = torch.randperm(len(self.labels), generator=g)[:self.cfg.batch_size][self.mine]
         x, y = self.images[i.to(self.images.device)], self.labels[i.to(self.labels.device)]
         return (x.pin_memory(), y.pin_memory()) if self.pool and self.device.type == "cuda" else (x, y)
@@ -273,7 +263,7 @@ class Batches:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         x0 = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
-        g = torch.Generator(self.device).manual_seed((self.cfg.seed << 32) + step)
+        g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
         t = torch.randint(self.T, (B,), **on)[self.mine]
@@ -282,13 +272,11 @@ class Batches:
         y = torch.where(drop, self.K, y) if self.cfg.conditional else None
         return torch.where(flip, x0.flip(3), x0), t, noise, y
 
-
 @torch.no_grad()
 def update_ema(ema, net, cfg, images):
     """ema <- beta ema + (1 - beta) net; its half-life, in images, ramps up (EDM, arXiv 2206.00364, F.2)."""
     beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * images))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
-
 
 def save_file(path, write):
     """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError."""
@@ -302,17 +290,24 @@ def save_file(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({e}), its last version is whole: make room, then --resume.")
-
+        raise UserError(f"could not write {path} ({e}), its last state is whole: make room, then --resume.")
 
 def read_checkpoint(path):
     """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "config": Config(**state["config"]), "ema": state["ema"]}
+        return {**state, "config": Config(**state["config"]), "ema": state["ema"], "path": path}
     except Exception as e:
         raise UserError(f"{path} is no whole checkpoint ({type(e).__name__}): restore a copy or train anew.")
 
+def restore(state, **parts):
+    """Load state[name] into each part. Raises UserError where it does not fit."""
+    try:
+        for name, part in parts.items():
+            if state[name]:                         # a GradScaler that was off has nothing to say
+                part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise UserError(f"{state['path']} does not fit the network ({type(e).__name__}): use its own code.")
 
 def load_run(folder, device):
     """Run folder -> checkpoint dict, EMA network in eval mode, diffusion. Raises UserError."""
@@ -320,7 +315,7 @@ def load_run(folder, device):
     require(path.exists(), f"{path} does not exist: give the folder of a run of train.py.")
     state = read_checkpoint(path)
     net, diffusion = build(state["config"], state["channels"], state["num_classes"])
-    net.load_state_dict(state["ema"])
+    restore(state, ema=net)
     return state, net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), diffusion
 
 
@@ -339,11 +334,16 @@ def train(cfg):
     require(cfg.resume or not out.exists() or out.is_dir() and not any(out.iterdir()),
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
     state = read_checkpoint(path) if path.exists() else None
-    if not first:
-        dist.barrier()                                     # the first downloads and decodes, the others wait
-    data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad)
-    if ddp and first:
-        dist.barrier()
+    wrong, load = [None], lambda: load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad)
+    if first:
+        try:
+            data = load()
+        except UserError as e:
+            wrong = [str(e)]
+    if ddp:
+        dist.broadcast_object_list(wrong)                  # all stop, or go on with what the first prepared
+    require(not wrong[0], wrong[0])
+    data = data if first else load()
     cfg.image_size = data.images.shape[-1]
     require(cfg.batch_size <= len(data.images),
             f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
@@ -355,7 +355,7 @@ def train(cfg):
 
     # network, its average, optimiser
     start = time.time()
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(mix(cfg.seed))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
     net, diffusion = build(cfg, channels, num_classes)
@@ -367,13 +367,12 @@ def train(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     images, loss_count, loss_sum = 0, 0, torch.zeros((), device=device)
     if state:
-        for part, name in ((net, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(state[name])
+        restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
         images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
         for block in net.blocks:                           # in place: names stay; as a whole it takes minutes
-            block.compile(dynamic=False)
+            block.compile()
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
     model = DistributedDataParallel(net) if ddp else net
@@ -407,31 +406,34 @@ def train(cfg):
                 x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1)
             save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
 
-    def over():                                            # is the budget spent? the first's clock decides for all
+    def save_log():
+        save_file(log, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
+
+    def over():                                            # is the budget spent, by the first one's clock?
         late = torch.tensor(bool(cfg.minutes) and time.time() - start > 60 * cfg.minutes)
         if ddp and cfg.minutes:
             dist.broadcast(late, 0)
         return bool(late) or bool(cfg.images) and images >= cfg.images
 
     if first:
-        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+        git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=Path(__file__).parent,
+                             capture_output=True)
         chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
                     versions=f"Python {platform.python_version()}, torch {torch.__version__}",
                     commit=git.stdout.decode().strip())
         save_file(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
-        old = log.read_text().splitlines() if state and log.exists() else [json.dumps(head)]
-        old = [x for x in old if x[-1:] == "}" and json.loads(x).get("images", 0) <= images]
-        save_file(log, lambda file: file.write("".join(x + "\n" for x in old).encode()))
-    say(f"{cfg.model} {cfg.size}, {count:,} parameters; {cfg.data}, {len(data.images):,} images; {world} x "
-        f"{device}; from image {images:,} on")
+        lines = log.read_text().splitlines() if state and log.exists() else [json.dumps(head)]
+        lines = [x for x in lines if x[-1:] == "}" and json.loads(x).get("images", 0) <= images]
+        save_log()
+    say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
     logged, logged_time = images, time.time()
     bar = tqdm(total=cfg.images, initial=images, unit="img", unit_scale=True, disable=not first)
     done = over()
     while not done:
         step = images // cfg.batch_size
         x0, t, noise, y = batches(step)
-        torch.manual_seed((cfg.seed << 32) + step * world + rank)      # dropout follows (seed, step) too
+        torch.manual_seed(mix(cfg.seed, step, 2 + rank))               # dropout follows (seed, step) too
         fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
         for i in range(0, share, micro):
@@ -442,7 +444,8 @@ def train(cfg):
                 scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        loss_sum += 0 * norm if dtype != torch.float16 else 0          # NaN as it is; in fp16 it is skipped
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -456,8 +459,8 @@ def train(cfg):
                           seconds=round(seconds, 1))
             bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
             if first:
-                with open(log, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+                lines.append(json.dumps(record))
+                save_log()
             if loss_count == LOG_STEPS:
                 loss_sum, loss_count, logged, logged_time = torch.zeros_like(loss_sum), 0, images, time.time()
         if images // cfg.save_every > (images - cfg.batch_size) // cfg.save_every and not done:
@@ -465,16 +468,13 @@ def train(cfg):
         if images // cfg.sample_every > (images - cfg.batch_size) // cfg.sample_every and not done:
             draw()
     bar.close()
-    save()
-    draw()
+    save(), draw()
     say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
         f"samples: {out / f'samples-{images}.png'}")
-
 
 @command
 def main(argv=None):
     train(parse_config(argv))
-
 
 if __name__ == "__main__":
     main()

@@ -157,8 +157,8 @@ class UNet(nn.Module):
             level.append(Upsample(d) if i else nn.Identity())
             self.up.append(level)
 
-        self.norm_out = nn.GroupNorm(8, dim)
-        self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(8, width)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
 
         # last, so that the baseline's random initialisation is the same with and without
         if self_cond:
@@ -213,7 +213,7 @@ class UNet(nn.Module):
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = aggregate(h)                                                     # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            c = c + self.proj(z.to(c.dtype))                                  # (B, D) -> (B, E)
+            c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, E)
         # -------------------------------------------------------------------------------------
 
         eps = self.decoder(h, c, skips, feats)

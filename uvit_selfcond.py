@@ -218,7 +218,7 @@ class UViT(nn.Module):
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = aggregate(h)                                                     # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            c = c + self.proj(z.to(c.dtype))                                  # (B, D) -> (B, D)
+            c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 
         eps = self.decoder(x, c, skips, feats)

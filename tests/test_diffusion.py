@@ -237,7 +237,7 @@ def test_guidance_off():
 @targets
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_clip_and_trace(target, eta):
-    """clip bounds each predicted x0 to [-1, 1]; trace has each step's t, x_t and x0, the last is the result."""
+    """clip bounds each predicted x0 to [-1, 1]; trace has each step's t, x_t, x0; the last is the result."""
     diffusion, noise, bounds = GaussianDiffusion(target=target), images(2, 1, 4, 4), {}
     for clip in (False, True):
         trace, seen = [], []

@@ -1,13 +1,15 @@
-"""README.md: its commands run; the files, flags, pictures and links in it exist. And the repository's form."""
+"""README.md: its commands run; the files, flags, pictures, links in it exist. And the repository's form."""
 import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from torch.distributed.run import get_args_parser
@@ -89,6 +91,10 @@ def place(tmp_path_factory):
 def small(place, monkeypatch):
     """What takes long or is not here is replaced by something small; place is the working directory."""
     load_folder, steps, find_spec = train.load_folder, GaussianDiffusion.sample, importlib.util.find_spec
+
+    def two_steps(self, net, noise, y=None, **kwargs):
+        return steps(self, net, noise[:4], y if y is None else y[:4], **{**kwargs, "steps": 2})
+    monkeypatch.setattr(GaussianDiffusion, "sample", two_steps)
     for net in train.MODELS.values():
         less = dict(dim=32, blocks=1) if "mults" in net.SIZES["tiny"] else dict(dim=32, depth=2, heads=2)
         monkeypatch.setattr(net, "SIZES", {size: {**kwargs, **less} for size, kwargs in net.SIZES.items()})
@@ -96,8 +102,6 @@ def small(place, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Cifar)
     monkeypatch.setattr(train, "draw_shapes", lambda n, *args, **kwargs: draw_shapes(20, *args, **kwargs))
     monkeypatch.setattr(train, "load_folder", lambda root, *args: load_folder(place / "photos", *args))
-    monkeypatch.setattr(GaussianDiffusion, "sample",
-                        lambda *args, **kwargs: steps(*args, **{**kwargs, "steps": 2}))
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
     monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
@@ -165,10 +169,9 @@ def test_two_commands(command):
 @readme
 def test_inline_commands(small):
     """Whole commands in the running text and in tables pass their script's parser."""
-    for code in re.findall(r"`((?:python|torchrun) [^`]+)`", FENCES.sub("", TEXT)):
-        pattern = re.search(r"\.\.\.|[\[\]<>|…]", code)
-        script, flags = not pattern and script_and_flags(shlex.split(code)) or ("", [])
-        if script:
+    for code in re.findall(r"`((?:python|torchrun) [^`]*\.py\b[^`]*)`", FENCES.sub("", TEXT)):
+        if not re.search(r"--help|\.\.\.|[\[\]<>|…]", code):                   # the rest are patterns
+            script, flags = script_and_flags(shlex.split(code))
             assert script in SCRIPTS, code
             (train.parse_config if script == "train.py" else sample.parse)(flags)
 
@@ -176,7 +179,7 @@ def test_inline_commands(small):
 @readme
 def test_flags_exist(capsys):
     """Every --flag that the README mentions is one of train.py, sample.py, torchrun or this test suite."""
-    known = get_args_parser().format_help() + (ROOT / "tests/conftest.py").read_text()
+    known = get_args_parser().format_help() + (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit) as exit:
             script.main(["--help"])
@@ -199,11 +202,12 @@ def test_files_exist():
 
 @readme
 def test_links():
-    """Relative links lead to files of the repository or to headings of the README; its pictures can be read."""
+    """Relative links lead to files of the repository or to headings of the README; its pictures open."""
     text = FENCES.sub("", TEXT)
     pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]*?src=\"([^\"]+)\"", text)
     pictures = [link for links in pictures for link in links if link]
     links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"href=\"([^\"]+)\"", text)
+    links += re.findall(r"^\[[^\]]+\]: *(\S+)", text, re.M)
     titles = [re.sub(r"[^\w\- ]", "", title.lower().strip()).replace(" ", "-")
               for title in re.findall(r"^#+ +(.+)$", text, re.M)]
     assert pictures, "a README without pictures that the code made"
@@ -215,6 +219,78 @@ def test_links():
         if not re.match(r"[a-z]+:", picture) and not picture.endswith(".svg"):
             with Image.open(ROOT / picture) as image:
                 image.verify()
+
+
+def patched(file, *parts):
+    """The module of a file with those ```diff blocks of the README applied that contain one of parts."""
+    text, applied = (ROOT / file).read_text(encoding="utf-8"), 0
+    for name, block in re.findall(r"^```diff\n--- (\S+)\n(.*?)^```", TEXT, re.M | re.S):
+        if name == file and any(part in block for part in parts):
+            lines = block.splitlines()
+            old = "".join(line[1:] + "\n" for line in lines if line[0] != "+")
+            new = "".join(line[1:] + "\n" for line in lines if line[0] != "-")
+            assert text.count(old) == 1 and sum(line[0] == "+" for line in lines) <= 15, block
+            text, applied = text.replace(old, new), applied + 1
+    assert applied == len(parts), parts
+    module = types.ModuleType(file[:-3])
+    module.__file__ = str(ROOT / file)
+    exec(compile(text, file, "exec"), module.__dict__)
+    return module
+
+
+def bottlenecks(module, name):
+    """-> features h of the bottleneck, and what reaches proj, of a patched network whose proj is not zero."""
+    torch.manual_seed(0)
+    net_class, seen = getattr(module, name), []
+    net = net_class(image_size=16, **net_class.SIZES["tiny"])
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    net.proj.register_forward_hook(lambda proj, args, out: seen.append(args[0]))
+    eps, feats = net(torch.randn(2, 3, 16, 16), torch.tensor([10, 500]), return_features=True)
+    assert eps.shape == (2, 3, 16, 16) and eps.isfinite().all()
+    return net, eps, feats, seen[0]
+
+
+@readme
+def test_exercise_two_layers():
+    """Exercise 1: z is the mean of two layers' means."""
+    net, eps, feats, z = bottlenecks(patched("dit_selfcond.py", "block_2"), "DiT")
+    both = (feats["block_2"].mean((2, 3)) + feats[net.bottleneck].mean((2, 3))) / 2
+    assert (z - both).abs().max() < 1e-5
+
+
+@readme
+def test_exercise_attention_pooling():
+    """Exercise 2: z is a weighted mean over the places; the query learns."""
+    net, eps, feats, z = bottlenecks(patched("unet_selfcond.py", "self.query =", "einsum"), "UNet")
+    h = feats["mid"].flatten(2)
+    weight = (h * net.query[:, None]).sum(1).softmax(1)[:, None]
+    assert (z - (h * weight).sum(2)).abs().max() < 1e-5
+    eps.square().mean().backward()
+    assert net.query.grad.abs().max() > 0
+
+
+@readme
+def test_exercise_no_gradient():
+    """Exercise 3: no gradient flows through z, and z is the mean as before."""
+    net, eps, feats, z = bottlenecks(patched("uvit_selfcond.py", "detach"), "UViT")
+    assert not z.requires_grad and (z - feats["mid"].mean((2, 3))).abs().max() < 1e-5
+
+
+@readme
+def test_exercise_schedule():
+    """Exercise 4: a schedule called sigmoid falls from almost 1 to almost 0."""
+    abar = patched("diffusion.py", "sigmoid").GaussianDiffusion(schedule="sigmoid").abar
+    assert abar[0] > 0.99 and 0 < abar[-1] < 1e-4 and (abar.diff() < 0).all()
+
+
+@readme
+def test_exercise_data(tmp_path):
+    """Exercise 5: an .npz of images and labels is a data set."""
+    images, labels, _, _ = draw_shapes(20, 0, 16)
+    np.savez(tmp_path / "mine.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    data = patched("train.py", "npz:").load_data(f"npz:{tmp_path}/mine.npz", "train")
+    assert torch.equal(data.images, images) and torch.equal(data.labels, labels) and len(data.classes) == 10
 
 
 @readme
@@ -247,7 +323,8 @@ def test_top_level():
     ("unet_selfcond.py", 360), ("uvit_selfcond.py", 360), ("dit_selfcond.py", 360), ("train.py", 480)])
 def test_length(name, most):
     """A network fits into 360 lines, train.py into 480."""
-    assert len((ROOT / name).read_text().splitlines()) <= most
+    lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+    assert lines <= most
 
 
 def test_columns():
@@ -255,4 +332,5 @@ def test_columns():
     files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
     lines = [(file.name, i, line) for file in files
              for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)]
-    assert len(files) > 6 and not [place for *place, line in lines if len(line) > 110]
+    long = [place for *place, line in lines if len(line) > 110]
+    assert len(files) > 6 and not long

@@ -432,7 +432,7 @@ def test_fid(fid, draw, inception, monkeypatch):
     fakes = torch.from_numpy(draw("classes", "--n 12 --steps 2")).permute(0, 3, 1, 2)
     net = FeatureExtractorInceptionV3("random", ["64"], feature_extractor_weights_path=inception)
     expected = frechet(net(fakes)[0], net(real)[0])
-    assert expected > 0.1 and abs(fid("--n 12 --steps 2") - expected) < 1e-3 * expected + 6e-4
+    assert expected > 0.1 and abs(fid("--n 12 --steps 2") - expected) < 2e-3
     monkeypatch.setattr(sample, "draw", lambda *args: real[args[-1]] / 127.5 - 1)
     assert abs(fid(f"--n {FEW}")) < 1e-3, "the training set's distance to itself"
 

@@ -1,4 +1,4 @@
-"""train.py: flags, data, batches, the loop, runs that stop and go on, bad input. Runs are tiny: 8 px, a CPU."""
+"""train.py: flags, data, batches, the loop, runs that stop and go on, bad input. Runs are tiny: 8 px."""
 import hashlib
 import json
 import os
@@ -32,12 +32,16 @@ COLOURS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255), grey=(90, 9
 each_model = pytest.mark.parametrize("model", train.MODELS)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def speed_up(monkeypatch):
     """400 drawn shapes instead of 50,000; previews in 2 steps instead of 50."""
     draw, sample = train.draw_shapes, train.GaussianDiffusion.sample
     monkeypatch.setattr(train, "draw_shapes", lambda n, *args, **kw: draw(min(n, 400), *args, **kw))
     monkeypatch.setattr(train.GaussianDiffusion, "sample", partialmethod(sample, steps=2))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    speed_up(monkeypatch)
 
 
 def argv(out, flags="", *more):
@@ -104,12 +108,13 @@ def tree(folder):
 
 @contextmanager
 def refused(capsys, *words, late=False):
-    """The body ends with exit code 2 and one line on stderr that has all words; late: beside a progress bar."""
+    """The body ends with exit code 2 and one line on stderr with all words; late: beside a progress bar."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         yield
     assert stop.value.code == 2
-    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip()]
+    err = capsys.readouterr().err.replace("\x1b[A", "")          # tqdm's, where a bar of another test is left
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
     said = [line for line in lines if "error: " in line]
     assert len(said) == 1 and said[0].startswith("error: ") and (late or said == lines), lines
     assert [word for word in words if word not in said[0]] == [], said
@@ -137,12 +142,13 @@ def photos(tmp_path_factory):
 
 
 def launch(*command, timeout=120):
-    """A command in a process of its own, in another folder -> exit code, stdout, stderr."""
+    """A Python command in a process of its own, started elsewhere -> exit code, stdout, stderr."""
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, cwd=ROOT,
+    process = subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, cwd=ROOT.parent,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        return (process.returncode, *process.communicate(timeout=timeout))[1:] + (process.returncode,)
+        out, err = process.communicate(timeout=timeout)
+        return process.returncode, out, err
     except subprocess.TimeoutExpired:
         process.terminate()                         # torchrun then ends its processes
         process.communicate(timeout=60)
@@ -161,9 +167,9 @@ def test_help(capsys, monkeypatch):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert not stop.value.code
-    for name in """model size data image-size out images minutes batch-size micro-batch lr warmup decay ema save-every
-                   sample-every resume conditional no-self-cond target schedule seed device precision no-compile
-                   skip-bad""".split():
+    for name in """model size data image-size out images minutes batch-size micro-batch lr warmup decay ema
+                   save-every sample-every resume conditional no-self-cond target schedule seed device
+                   precision no-compile skip-bad""".split():
         assert re.search(rf"--{name}\b", text), name
     for f in fields(train.Config):
         assert "--" + f.name.replace("_", "-") in text
@@ -173,7 +179,7 @@ def test_help(capsys, monkeypatch):
 FLAGS = {"model": "uvit", "size": "small", "data": "shapes", "image_size": 24, "out": "here", "images": 7,
          "minutes": 0.5, "batch_size": 3, "micro_batch": 1, "lr": 0.25, "warmup": 11, "decay": 12, "ema": 13,
          "save_every": 14, "sample_every": 15, "resume": True, "conditional": True, "self_cond": False,
-         "target": "v", "schedule": "cosine", "seed": -4, "device": "cpu", "precision": "bf16",
+         "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu", "precision": "bf16",
          "compile": False, "skip_bad": True}
 
 
@@ -182,7 +188,9 @@ def test_flags():
     assert list(FLAGS) == [f.name for f in fields(train.Config)]
     for name, value in FLAGS.items():
         flag = "--" + name.replace("_", "-")
-        given = [flag, str(value)] if type(value) is not bool else [flag if value else flag.replace("--", "--no-")]
+        given = [flag, str(value)]
+        if type(value) is bool:
+            given = [flag if value else flag.replace("--", "--no-")]
         cfg, default = (asdict(train.parse_config(["--model", "uvit", *x])) for x in (given, []))
         changed = {k for k in cfg if cfg[k] != default[k]}
         assert cfg[name] == value and type(cfg[name]) is type(value)
@@ -261,7 +269,7 @@ def test_shapes_differ():
 
 @pytest.mark.parametrize("other", ["test", "val"])
 def test_folder(tmp_path, other):
-    """train/<class>/* and test or val: classes in order of their names, in both splits numbered as in train."""
+    """train/<class>/* and test or val: classes in order of their names, numbered as in train in both."""
     for split, name, colour in (("train", "b", "blue"), ("train", "a", "red"), ("train", "c", "green"),
                                 ("train", "a", "grey"), (other, "c", "green"), (other, "b", "blue")):
         picture(tmp_path / "photos" / split / name / f"{colour}.png", colour)
@@ -275,7 +283,7 @@ def test_folder(tmp_path, other):
 
 
 def test_flat_folder(tmp_path):
-    """A folder of images alone is one class, in order of the names; 32 px unless asked; it has no test split."""
+    """A folder of images alone is one class, in order of the names; 32 px unless asked; no test split."""
     for name, colour in (("2.PNG", "red"), ("1.jpeg", "grey"), ("3.webp", "grey")):
         picture(tmp_path / "photos" / name, colour)
     data = train.load_data(f"folder:{tmp_path}/photos", "train")
@@ -290,7 +298,7 @@ def test_flat_folder(tmp_path):
                                           ("RGBA", "png"), ("CMYK", "tif")])
 @pytest.mark.parametrize("size", [(96, 32), (32, 96), (24, 8), (12, 4)])
 def test_any_image(tmp_path, mode, suffix, size):
-    """Of any mode and proportions: the short side becomes the image size, the middle of the long one stays."""
+    """Any mode, any proportions: the short side becomes the image size, the middle of the long one stays."""
     colours = ("red", "grey" if mode in ("L", "LA") else "green", "blue")
     picture(tmp_path / f"image.{suffix}", *colours, size=size, mode=mode)
     assert Image.open(tmp_path / f"image.{suffix}").mode == mode
@@ -310,33 +318,35 @@ def decoded(monkeypatch):
 
 
 def test_cache(tmp_path, decoded):
-    """Decoded images are kept beside the folder, for each size and split, until a file changes, comes or goes."""
+    """Decoded images are kept beside the folder, by size and split, until a file changes, comes or goes."""
     root = tmp_path / "data/photos"
-    for split, name, colour in (("train", "a/1.png", "red"), ("train", "b/2.png", "blue"),
-                                ("test", "a/3.png", "grey")):
-        picture(root / split / name, colour)
-    before = tree(root)
+
+    def write(name, colour, time=1):
+        picture(root / name, colour)                 # of equal size in bytes
+        os.utime(root / name, ns=(time, time))
 
     def look(expected, split="train", size=8):
         decoded.clear()
         data = train.load_data(f"folder:{root}", split, size)
-        assert sorted(decoded) == expected
+        assert sorted(decoded) == [f"{name}.bmp" for name in expected]
         return data
 
-    both = ["1.png", "2.png"]
-    first, second = look(both), look([])
+    write("train/a/1.bmp", "red"), write("train/b/2.bmp", "blue"), write("test/a/3.bmp", "grey")
+    before = tree(root)
+    first, second = look("12"), look("")
     assert all(map(torch.equal, first[:2], second[:2])) and first[2:] == second[2:]
-    look(both, size=16), look(["3.png"], "test"), look([]), look([], size=16), look([], "test")
-    assert tree(root) == before and len(list(root.parent.iterdir())) == 4
+    look("12", size=16), look("3", "test"), look(""), look("", size=16), look("", "test")
+    assert tree(root) == before and len(list(root.parent.iterdir())) == 4        # photos and three caches
 
-    picture(root / "train/a/1.png", "green")
-    os.utime(root / "train/a/1.png", ns=(1, 1))
-    assert look(both).images[0, :, 0, 0].tolist() == list(COLOURS["green"])
-    picture(root / "train/a/0.png", "grey")
-    assert look(["0.png", *both]).labels.tolist() == [0, 0, 1]
-    (root / "train/a/1.png").unlink()
-    assert look(["0.png", "2.png"]).labels.tolist() == [0, 1]
-    look([])
+    write("train/a/1.bmp", "green", time=2)
+    assert look("12").images[0, :, 0, 0].tolist() == list(COLOURS["green"])
+    write("train/a/0.bmp", "grey")
+    assert look("012").labels.tolist() == [0, 0, 1]
+    (root / "train/a/1.bmp").unlink()
+    assert look("02").labels.tolist() == [0, 1]
+    (root / "train/a/0.bmp").rename(root / "train/b/3.bmp")                    # only the order is another
+    assert look("23").images[:, 2, 0, 0].tolist() == [255, 90]
+    look("")
 
 
 def test_no_cache(tmp_path, decoded, monkeypatch, capsys):
@@ -372,7 +382,8 @@ def test_skip_bad(tmp_path, capsys):
 
 def stand_in(monkeypatch, spec):
     """A tiny CIFAR in torchvision's layout under ./data -> {split: (images, labels, class names)}."""
-    kind, K, rng, truth = getattr(torchvision.datasets, spec.upper()), int(spec[5:]), np.random.default_rng(0), {}
+    kind, K = getattr(torchvision.datasets, spec.upper()), int(spec[5:])
+    rng, truth = np.random.default_rng(0), {}
     folder = Path("data") / kind.base_folder
     folder.mkdir(parents=True)
 
@@ -409,7 +420,7 @@ def test_cifar(tmp_path, monkeypatch, spec):
         small = train.load_data(spec, split, 16).images
         halved = images.float().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5))
         assert small.dtype == torch.uint8 and small.shape[2:] == (16, 16)
-        assert (small.float() - halved).abs().mean() < 16                # noise of +-37 where nothing is averaged
+        assert (small.float() - halved).abs().mean() < 16          # picked, not averaged: 32
     assert run(tmp_path / "run", "--images 16 --image-size 32", "--data", spec)["images"] == 16
 
 
@@ -441,7 +452,7 @@ def test_batch_is_a_function_of_seed_and_step(noise_data):
     for step in (4, 0, 5, 5, 2, 1, 3):
         assert all(map(torch.equal, b(step), first[step])), step
     assert not any(map(torch.equal, first[0], first[1]))
-    for seed in (1, 2, 1000, -1):
+    for seed in (1, 2, 1000, 2**32, 2**70):
         assert not any(map(torch.equal, batches(noise_data, f"--seed {seed}")(3), first[3])), seed
 
 
@@ -463,7 +474,7 @@ def test_fetching_ahead(noise_data):
 
 
 def test_batch_contents(noise_data):
-    """x0 are images in [-1, 1], half of them flipped, with their labels, a tenth dropped; t and noise are fair."""
+    """x0 are images in [-1, 1], half of them flipped, a tenth of the labels dropped; t and noise are fair."""
     make, steps = batches(noise_data, "--batch-size 20", T=10), 200
     x0, t, noise, y = (torch.cat(parts) for parts in zip(*(make(step) for step in range(steps))))
     images = noise_data.images / 127.5 - 1
@@ -473,14 +484,14 @@ def test_batch_contents(noise_data):
     assert x0.min() == -1 and x0.max() == 1
     flipped, picked, drop = nearest >= 40, nearest % 40, y == 10
     assert abs(flipped.float().mean() - 0.5) < 0.03
-    assert 0.7 < picked.bincount(minlength=40).float().min() / 100 < 1       # each about 100 times
+    assert picked.bincount(minlength=40).min() > 70                          # each about 100 times
     assert all(len(set(i.tolist())) == 20 for i in picked.split(20))         # none twice in a batch
     assert torch.equal(y[~drop], noise_data.labels[picked][~drop])
     assert abs(drop.float().mean() - 0.1) < 0.02
     counts = t.bincount(minlength=10)
     assert t.dtype == torch.int64 and len(counts) == 10 and counts.min() > 320        # each about 400 times
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    assert len(noise.flatten(1)[:, 0].unique()) == len(noise)
+    assert len(noise[:, 0, 0, :4].unique(dim=0)) == len(noise)               # none twice
     by_column = torch.stack([v.float().view(steps, 20).mean(0) for v in (flipped, drop)])
     assert (by_column - torch.tensor([[0.5], [0.1]])).abs().max() < 0.15     # not the same images every time
     pairs = torch.stack([flipped.float(), drop.float(), t.float(), noise[:, 0, 0, 0]])
@@ -497,7 +508,7 @@ def test_no_labels(noise_data):
 
 @pytest.mark.parametrize("start, half_life, rising", [(0, 10**6, True), (0, 64, True), (10**6, 160, False)])
 def test_ema(start, half_life, rising):
-    """The EMA's half-life is min(--ema, 5 % of the images seen): closed form, in ramp-up, across and after."""
+    """The EMA's half-life is min(--ema, 5 % of the images seen): closed form in ramp-up, across, after."""
     cfg, n = config(f"--ema {half_life}"), 120
     net, ema = nn.Linear(3, 2), nn.Linear(3, 2)
     nn.init.zeros_(ema.weight), nn.init.zeros_(ema.bias)
@@ -524,17 +535,17 @@ def test_ema_in_the_loop(tmp_path, monkeypatch):
         seen.append({k: v.double().clone() for k, v in net.state_dict().items()})
         update(ema, net, cfg, images)
     monkeypatch.setattr(train, "update_ema", watch)
-    state = run(tmp_path / "run", f"{MOVES} --images 1600 --ema 40 --batch-size 32")
+    state = run(tmp_path / "run", f"{MOVES} --images 800 --ema 30 --batch-size 32")
     expected = seen[0]
     for k, net in enumerate(seen[1:], 1):
-        beta = 0.5 ** (32 / min(40, 32 * k / 20))
+        beta = 0.5 ** (32 / min(30, 32 * k / 20))
         expected = {name: beta * expected[name] + (1 - beta) * net[name] for name in net}
-    assert len(seen) == 51 and same(state["model"], {k: v.float() for k, v in seen[-1].items()})
-    assert error(state["ema"], expected) < 1e-6 < 1e-3 < error(state["ema"], state["model"])
+    assert len(seen) == 26 and same(state["model"], {k: v.float() for k, v in seen[-1].items()})
+    assert error(state["ema"], expected) < 1e-6 < 1e-4 < error(state["ema"], state["model"])
 
 
 def test_learning_rate(tmp_path, monkeypatch):
-    """The rate rises over --warmup images, falls linearly by --decay to 1 %, and is the one the optimizer has."""
+    """The rate rises over --warmup images and falls linearly to 1 % by --decay; the optimizer has it."""
     monkeypatch.setattr(train, "LOG_STEPS", 1)
     state = run(tmp_path / "run", "--lr 0.01 --warmup 100 --decay 480 --images 560")
     rates = [record["lr"] for record in log(tmp_path / "run")[1]]
@@ -551,7 +562,7 @@ def test_one_step(tmp_path, monkeypatch):
     cfg = config("--model unet")
     state = run(tmp_path / "run", "--model unet --images 16")
     data = train.load_data("shapes", "train", 8)
-    torch.manual_seed(0)
+    torch.manual_seed(train.mix(0))
     net, diffusion = train.build(cfg, 3, 10)
     x0, t, noise, y = train.Batches(data, cfg, 1000, CPU)(0)
     loss = diffusion.loss(net, x0, t, noise, y).mean()
@@ -567,8 +578,8 @@ def test_one_step(tmp_path, monkeypatch):
 def test_micro_batch(tmp_path, monkeypatch, model):
     """--micro-batch changes memory, not the result: weights, averages, gradients and loss stay within 1e-5.
 
-    Not clipped, or a gradient of the wrong size would not show. With a larger eps in Adam: before a GroupNorm of
-    one channel a group, the gradient of a bias is rounding noise, which Adam would blow up to steps of size lr.
+    Not clipped, or a gradient of the wrong size would not show. With a larger eps in Adam: before a GroupNorm
+    of one channel a group, a bias has no gradient but rounding noise, which Adam would turn into real steps.
     """
     monkeypatch.setattr(train, "CLIP", 1e9)
     monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-4))
@@ -582,10 +593,11 @@ def test_micro_batch(tmp_path, monkeypatch, model):
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "16"), abs=1e-5)
 
 
-@pytest.mark.parametrize("model, images", [("unet", 1280), ("uvit", 2560), ("dit", 1280)])
-def test_learns(tmp_path, model, images):
+@pytest.mark.parametrize("model, flags", [("unet", "--images 640"), ("dit", "--images 640"),
+                                          ("uvit", "--images 2560 --batch-size 32")])
+def test_learns(tmp_path, model, flags):
     """The loss falls within a short run, in each of the networks."""
-    run(tmp_path / "run", f"--model {model} --lr 4e-3 --warmup 320 --images {images} --batch-size 32")
+    run(tmp_path / "run", f"--model {model} --lr 4e-3 --warmup 160 {flags}")
     first, *_, last = losses(tmp_path / "run").values()
     assert last < 0.85 * first
 
@@ -594,10 +606,11 @@ def test_learns(tmp_path, model, images):
 def test_twins(tmp_path, monkeypatch, model):
     """A run and its baseline see the same images, noise and initial weights: equal until proj has moved."""
     monkeypatch.setattr(train, "LOG_STEPS", 1)
-    states = [run(tmp_path / f, f"--model {model} {MOVES} --images 128 {f}") for f in ("--self-cond", "--no-self-cond")]
-    on, off = (list(losses(tmp_path / f).values()) for f in ("--self-cond", "--no-self-cond"))
+    flags = f"--model {model} {MOVES} --images 128"
+    on, off = (run(tmp_path / f"{f}twin", f"{flags} --{f}self-cond") for f in ("", "no-"))
+    assert on["model"].keys() - off["model"].keys() == {"proj.1.weight", "proj.1.bias"}
+    on, off = (list(losses(tmp_path / f"{f}twin").values()) for f in ("", "no-"))
     assert on[0] == off[0] and on[-1] != off[-1]
-    assert states[0]["model"].keys() - states[1]["model"].keys() == {"proj.1.weight", "proj.1.bias"}
 
 
 # --- what a run leaves behind ---
@@ -606,46 +619,47 @@ def test_twins(tmp_path, monkeypatch, model):
 def test_run_folder(tmp_path, capsys, conditional, size):
     """config.json, checkpoint.pt, log.jsonl, samples-<images>.png; the last line says where they lie."""
     out, flag = tmp_path / "some/run", "" if conditional else "--no-conditional"
-    state = run(out, f"--images 500 --image-size {size} {flag}")
-    assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "log.jsonl", "samples-512.png"}
+    state = run(out, f"--images 340 --image-size {size} {flag}")
+    assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "log.jsonl", "samples-352.png"}
     last = capsys.readouterr().out.splitlines()[-1]
-    assert all(str(out / name) in last for name in ("checkpoint.pt", "log.jsonl", "samples-512.png"))
+    assert all(str(out / name) in last for name in ("checkpoint.pt", "log.jsonl", "samples-352.png"))
 
     cfg = json.loads((out / "config.json").read_text())
-    asked = asdict(train.parse_config(argv(out, f"--images 500 --image-size {size} {flag}")))
+    asked = asdict(train.parse_config(argv(out, f"--images 340 --image-size {size} {flag}")))
     assert cfg == asked == state["config"]
     assert set(state) >= {"step", "images", "config", "model", "ema", "optimizer", "scaler", "classes"}
-    assert state["step"] == 32 and state["images"] == 512 and state["classes"] == SHAPES
+    assert state["step"] == 22 and state["images"] == 352 and state["classes"] == SHAPES
     assert state["channels"] == 3 and state["num_classes"] == 10 * conditional
 
     head, rest = log(out)
     assert head["config"] == cfg and head["parameters"] == sum(v.numel() for v in state["model"].values())
     assert torch.__version__ in head["versions"] and "cpu" in head["device"]
     assert re.fullmatch("([0-9a-f]{40})?", head["commit"])
-    assert [r["images"] for r in rest] == [320, 512]
+    assert [r["images"] for r in rest] == [320, 352]
     for record in rest:
         assert set(record) == {"images", "loss", "lr", "images_per_second", "seconds"}
         assert 0 < record["loss"] < 2 and record["images_per_second"] > 0 <= record["seconds"]
 
-    with Image.open(out / "samples-512.png") as image:                   # tiles of 64 px, 4 px between them
+    with Image.open(out / "samples-352.png") as image:                   # tiles of 64 px, 4 px between them
         assert image.size == ((10 if conditional else 8) * 68 + 4, 8 * 68 + 4)
         assert image.mode == "RGB" and len(image.getcolors(10**6)) > 100
 
 
 def test_image_size_is_kept(tmp_path):
     """The size that the data chose by itself stands in the checkpoint and in config.json."""
-    train.main(["--size", "tiny", "--data", "shapes", "--images", "16", "--batch-size", "16", "--device", "cpu",
-                "--out", str(tmp_path / "run")])
+    flags = "--size tiny --data shapes --images 16 --batch-size 16 --device cpu --out"
+    train.main([*flags.split(), str(tmp_path / "run")])
     assert load(tmp_path / "run")["config"]["image_size"] == 16
     assert json.loads((tmp_path / "run/config.json").read_text())["image_size"] == 16
 
 
 def test_how_often(tmp_path, monkeypatch):
     """--save-every and --sample-every count images; both happen once more at the end."""
-    written, save_file = [], train.save_file
-    monkeypatch.setattr(train, "save_file", lambda path, write: (written.append(path.name), save_file(path, write)))
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda part, path: (written.append(path.name), replace(part, path)))
     run(tmp_path / "run", "--images 160 --save-every 40 --sample-every 64")
-    assert written == ["config.json", "log.jsonl", "checkpoint.pt", "samples-64.png", "checkpoint.pt",
+    written = [name for name in written if name != "log.jsonl"]
+    assert written == ["config.json", "checkpoint.pt", "samples-64.png", "checkpoint.pt",
                        "checkpoint.pt", "samples-128.png", "checkpoint.pt", "samples-160.png"]
 
 
@@ -688,3 +702,535 @@ def test_minutes(tmp_path, monkeypatch):
     assert 16 <= load(tmp_path / "a")["images"] <= 30 * 16
     assert run(tmp_path / "b", "--minutes 100 --images 32")["images"] == 32
     assert run(tmp_path / "c", "--minutes 0.5 --images 100000")["images"] <= 30 * 16
+
+
+# --- stop and go on ---
+
+NETS = {"dit": "--model dit", "dropout": "--model unet", "half": "--model dit --precision fp16"}
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_resume(tmp_path, monkeypatch, kind):
+    """Stopped between two log points and resumed, a run equals an uninterrupted one, bit for bit.
+
+    Weights, EMA, optimizer, loss scale and logged losses; a UNet with dropout, a DiT, and one in fp16.
+    """
+    monkeypatch.setattr(train, "LOG_STEPS", 4)
+    monkeypatch.setitem(train.UNet.SIZES, "tiny", {**train.UNet.SIZES["tiny"], "dropout": 0.3})
+    flags = f"{MOVES} {NETS[kind]}"
+    whole = run(tmp_path / "whole", f"{flags} --images 160")
+    run(tmp_path / "run", f"{flags} --images 80")
+    run(tmp_path / "run", f"{flags} --images 80 --resume")           # nothing left to do: nothing changes
+    assert_same_run(run(tmp_path / "run", f"{flags} --images 160 --resume --save-every 48"), whole)
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert list(expected) == [64, 128, 160] and {i: found[i] for i in expected} == expected
+
+
+def test_resume_without_checkpoint(tmp_path):
+    """--resume where there is no checkpoint starts afresh, whatever else lies there."""
+    whole = run(tmp_path / "whole")
+    assert_same_run(run(tmp_path / "new", "--resume"), whole)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/log.jsonl").write_text('{"config": {}}\n{"images": 16, "loss": 9}\n{"images": 999}\n')
+    (tmp_path / "old/checkpoint.pt.part").write_bytes(b"half a file")
+    assert_same_run(run(tmp_path / "old", "--resume"), whole)
+    assert losses(tmp_path / "old") == losses(tmp_path / "whole")
+    assert log(tmp_path / "old")[0]["config"]["model"] == "dit"
+    assert {p.name for p in (tmp_path / "old").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_resume_elsewhere(tmp_path):
+    """A run folder may be moved, and resumed with another budget, micro-batch and rhythm of saving."""
+    run(tmp_path / "a", "--images 32")
+    (tmp_path / "a").rename(tmp_path / "b")
+    state = run(tmp_path / "b", "--images 64 --resume --micro-batch 8 --save-every 16 --sample-every 16")
+    assert state["images"] == 64 and state["config"]["out"] == str(tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text()) == state["config"]
+
+
+def test_resume_in_another_precision(tmp_path):
+    """--precision may change on the way: from fp32 to fp16, with its loss scale, and back."""
+    run(tmp_path / "run", "--images 32")
+    assert run(tmp_path / "run", "--images 64 --resume --precision fp16")["scaler"]["scale"] > 1
+    assert run(tmp_path / "run", "--images 96 --resume --precision fp32")["images"] == 96
+
+
+DIE = """
+import io, os, signal, sys, torch, train
+train.LOG_STEPS, saves = 4, []
+update, save, replace = train.update_ema, torch.save, os.replace
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def between(ema, net, cfg, images):             # two log points after the save at 160 images
+    update(ema, net, cfg, images)
+    images == 304 and die()
+def during(state, file):                        # half of the second checkpoint is on the disk
+    saves.append(0)
+    save(state, whole := io.BytesIO())
+    file.write(whole.getvalue()[:len(whole.getvalue()) // len(saves)]), file.flush(), os.fsync(file.fileno())
+    len(saves) == 2 and die()
+def before(part, path):                         # the second checkpoint is written but not in its place
+    path.name == "checkpoint.pt" and saves.append(0)
+    len(saves) == 2 and die()
+    replace(part, path)
+owner, name = dict(between=(train, "update_ema"), during=(torch, "save"), before=(os, "replace"))[sys.argv[1]]
+setattr(owner, name, globals()[sys.argv[1]])
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def long_run(photos, tmp_path_factory):
+    """A run of 400 images, logged every 64, saved every 160 -> its flags, checkpoint, losses."""
+    patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("run")
+    speed_up(patch)
+    patch.setattr(train, "LOG_STEPS", 4)
+    flags = f"{MOVES} --save-every 160 --images 400 --data folder:{photos}"
+    state = run(out / "whole", flags)
+    patch.undo()
+    return flags, state, losses(out / "whole")
+
+
+@pytest.mark.parametrize("moment", ["between", "during", "before"])
+def test_kill(tmp_path, monkeypatch, long_run, moment):
+    """Killed between two saves or during one, a run goes on bit for bit; nothing is logged twice."""
+    flags, whole, expected = long_run
+    out = tmp_path / "run"
+    code, *_ = launch("-c", DIE, moment, *argv(out, flags))
+    assert code == -signal.SIGKILL and load(out)["images"] == 160
+    assert (out / "checkpoint.pt.part").exists() == (moment != "between")
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"images": 352, "lo')                # a line that was being written
+    assert max(json.loads(x)["images"] for x in (out / "log.jsonl").read_text().splitlines()[1:-1]) > 160
+    monkeypatch.setattr(train, "LOG_STEPS", 4)
+    assert_same_run(run(out, flags + " --resume"), whole)
+    assert losses(out) == expected and not list(out.glob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3, 4, 5])
+def test_kill_any_time(tmp_path, photos, seconds):
+    """Killed at any time, a run resumes, and ends where an uninterrupted one ends."""
+    flags = f"{MOVES} --images 2000 --save-every 16 --data folder:{photos}"
+    out, command = tmp_path / "run", [sys.executable, ROOT / "train.py", *argv(tmp_path / "run", flags)]
+    with pytest.raises(subprocess.TimeoutExpired):       # subprocess.run then kills it
+        subprocess.run(command, timeout=seconds, capture_output=True)
+    assert_same_run(run(out, flags + " --resume"), run(tmp_path / "whole", flags))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+# --- several processes ---
+
+@pytest.mark.parametrize("model", ["dit", pytest.param("uvit", marks=pytest.mark.slow)])
+def test_two_processes(tmp_path, photos, model):
+    """Two processes equal one: weights, averages, gradients and loss within 1e-5; so in parts of a batch."""
+    flags = f"--model {model} {MOVES} --images 160 --data folder:{photos} --conditional"
+    one = run(tmp_path / "one", flags)
+    code, out, err = launch(*TORCHRUN, ROOT / "train.py", *argv(tmp_path / "two", flags + " --micro-batch 4"))
+    assert code == 0, err
+    two = load(tmp_path / "two")
+    assert two["images"] == 160 and max(v.abs().max() for v in moments(one).values()) > 1e-3
+    assert error(one["model"], one["ema"]) > 1e-4
+    for a, b in ((one["model"], two["model"]), (one["ema"], two["ema"]), (moments(one), moments(two))):
+        assert error(a, b) < 1e-5
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert out.count("images in") == out.count("2 x cpu") == 1                  # the first one speaks
+    assert log(tmp_path / "two")[0]["device"].startswith("2 x cpu")
+
+
+OWN_CLOCKS = """
+import os, sys, time, types, train
+pace = (1, 1000)[int(os.environ["RANK"])]
+train.time = types.SimpleNamespace(time=lambda: time.time() * pace)
+train.main(sys.argv[1:])
+"""
+
+
+def test_minutes_of_two_processes(tmp_path, photos):
+    """With --minutes both stop at the same step, though the second one's clock runs 1000 times as fast."""
+    (tmp_path / "main.py").write_text(OWN_CLOCKS)
+    flags = argv(tmp_path / "run", f"--minutes 0.015 --images 100000 --data folder:{photos}")
+    code, out, err = launch(*TORCHRUN, tmp_path / "main.py", *flags, timeout=90)
+    assert code == 0, err
+    assert 2 * 16 < load(tmp_path / "run")["images"] < 100_000
+    assert out.count("images in") == 1
+
+
+def test_bad_input_of_two_processes(tmp_path):
+    """What only the first process can see ends both: one sentence, no traceback of ours, nothing written."""
+    flags = argv(tmp_path / "run", f"--data folder:{tmp_path}/missing")
+    code, _, err = launch(*TORCHRUN, ROOT / "train.py", *flags, timeout=60)
+    assert code != 0 and err.count("error: ") == 1 and f"{tmp_path}/missing has no train images" in err, err
+    assert tree(tmp_path) == {} and 'train.py", line' not in err, err
+
+
+def test_processes_and_batch(tmp_path, monkeypatch, capsys):
+    """A batch that the processes can't share evenly is refused, with both numbers; only the first speaks."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with refused(capsys, "--batch-size 16", "3 processes"):
+        train.main(argv(tmp_path / "run"))
+    with refused(capsys, "--micro-batch 2", "5"):
+        train.main(argv(tmp_path / "run", "--batch-size 15 --micro-batch 2"))
+    assert tree(tmp_path) == {}
+    monkeypatch.setenv("RANK", "1")
+    train.say("not said"), train.say("not said", file=sys.stderr)
+    assert capsys.readouterr() == ("", "")
+
+
+# --- bad input ---
+
+@pytest.mark.parametrize("flags, words", [
+    ("--data nonsense", "nonsense cifar10 folder: shapes"),
+    ("--data shapes:half", "shapes:half shapes:full"),
+    ("--model dit --image-size 10", "dit tiny 10 4"),
+    ("--model uvit --image-size 10", "uvit tiny 10 4"),
+    ("--model unet --image-size 10", "unet tiny 10 4"),
+    ("--model unet --size base --image-size 12", "unet base 12 8"),
+    ("--model dit --image-size 2", "2 4"),
+    ("--batch-size 401", "--batch-size 401 400"),
+    ("--micro-batch 5", "--micro-batch 5 16"),
+    ("--micro-batch 32", "--micro-batch 32 16"),
+    ("--model resnet", "--model resnet unet uvit dit"),
+    ("--size huge", "--size huge dit tiny small base large xlarge"),
+    ("--model unet --size small", "--size small unet tiny base"),
+    ("--target x0", "--target x0 eps v"),
+    ("--schedule sigmoid", "--schedule sigmoid linear cosine"),
+    ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
+    ("--images many", "--images many"),
+    ("--images 1.5", "--images 1.5"),
+    ("--bogus", "--bogus --help"),
+    ("--device cuda", "--device cuda cpu"),
+    ("--device mps", "--device mps cpu"),
+    ("--device tpu", "--device tpu cpu"),
+    ("--lr nan", "--lr nan 0"),
+    ("--seed 1e3", "--seed 1e3"),
+    ("--seed -1", "--seed -1"),
+    *[(f"--{name} {value}", f"--{name} {value} 0") for name, values in {
+        "images": (0, -5), "batch-size": (0, -16), "micro-batch": (0, -1), "lr": (0.0, -0.1), "warmup": (0,),
+        "decay": (0, -1), "ema": (0, -1), "minutes": (0.0, -1.0), "save-every": (0,), "sample-every": (-1,),
+        "image-size": (0, -8)}.items() for value in values],
+])
+def test_bad_flags(tmp_path, monkeypatch, capsys, flags, words):
+    """What can't be is refused in one sentence that names the value and what can; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with refused(capsys, *words.split()):
+        train.main(argv("run", flags))
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("spec", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("problem", [URLError("no route to host"), RuntimeError("File not found.")])
+def test_no_network(tmp_path, monkeypatch, capsys, spec, problem):
+    """Where CIFAR can't be downloaded, the sentence says why and names the ways on."""
+    def download(*args, **kwargs):
+        raise problem
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", download)
+    with refused(capsys, spec, str(problem), "--data shapes", "folder:"):
+        train.main(argv("run", "--image-size 32", "--data", spec))
+    assert not (tmp_path / "run").exists()
+
+
+def folder_case(root, case):
+    """Makes one of the folders that won't do -> what the sentence should name."""
+    if case == "no images":
+        (root / "notes.txt").write_text("no image")
+        return ["photos", "no images"]
+    if case == "empty train":
+        (root / "train").mkdir()
+        return ["train", "no images", "train/<class>/"]
+    if case == "no classes":
+        picture(root / "train/1.png", "red")
+        return ["train", "train/<class>/"]
+    if case == "empty classes":
+        (root / "train/a").mkdir(parents=True), (root / "train/b").mkdir()
+        return ["train", "no images"]
+    for i in range(16):
+        picture(root / "train" / "ab"[i % 2] / f"{i}.png", "red")
+    if case == "new class in test":
+        picture(root / "test/unknown/1.png", "red")
+        return ["unknown", "test", "train"]
+    if case == "unreadable":
+        (root / "train/b/7.png").write_bytes(b"this is no image")
+        return [str(root / "train/b/7.png"), "--skip-bad"]
+    if case == "all unreadable":
+        for path in root.rglob("*.png"):
+            path.write_bytes(path.read_bytes()[:50])
+        return ["--skip-bad"]
+    (root.parent / "flat").mkdir()
+    for path in sorted(root.rglob("*.png")):
+        path.rename(root / path.name)
+    for name in ("train/a", "train/b", "train"):
+        (root / name).rmdir()
+    return ["--conditional", "one"]
+
+
+@pytest.mark.parametrize("case", ["no images", "empty train", "no classes", "empty classes", "one class",
+                                  "new class in test", "unreadable", "all unreadable"])
+def test_bad_folder(tmp_path, capsys, case):
+    """A folder that won't do is refused in one sentence; nothing is written."""
+    (tmp_path / "photos").mkdir()
+    words = folder_case(tmp_path / "photos", case)
+    before = tree(tmp_path)
+    with refused(capsys, *words):
+        train.main(argv(tmp_path / "run", "--conditional", "--data", f"folder:{tmp_path}/photos"))
+    assert {k: v for k, v in tree(tmp_path).items() if not k.endswith(".npz")} == before
+
+
+def test_all_bad(tmp_path, capsys):
+    """A folder of nothing but unreadable images is refused with --skip-bad as well; so is a missing one."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").write_bytes(b"this is no image")
+    for name, word in (("photos", "none"), ("missing", "no train images")):
+        with refused(capsys, str(tmp_path / name), word):
+            train.main(argv(tmp_path / "run", "--skip-bad", "--data", f"folder:{tmp_path}/{name}"))
+    assert set(tree(tmp_path)) == {"photos", "photos/1.png"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The files of a finished run of 32 images."""
+    patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished") / "run"
+    speed_up(patch)
+    run(out, "--images 32")
+    patch.undo()
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.fixture
+def old_run(tmp_path, finished):
+    """A copy of it -> its folder."""
+    (tmp_path / "run").mkdir()
+    for name, content in finished.items():
+        (tmp_path / "run" / name).write_bytes(content)
+    return tmp_path / "run"
+
+
+def test_never_overwritten(tmp_path, old_run, capsys):
+    """An existing run, or any folder that isn't empty, is refused without --resume and stays as it is."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("do not lose me")
+    (tmp_path / "file").write_text("do not lose me")
+    before = tree(tmp_path)
+    for out in ("run", "other", "file"):
+        with refused(capsys, str(tmp_path / out), "--resume", "--out"):
+            train.main(argv(tmp_path / out))
+    assert tree(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", "--images 16")["images"] == 16
+
+
+class Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("case", ["torn", "empty", "text", "tensor", "other", "pickle", "evil", "headless"])
+def test_bad_checkpoint(old_run, capsys, case):
+    """What is no whole checkpoint is refused by name; nothing in it is run, and the folder stays as it is."""
+    path, state = old_run / "checkpoint.pt", load(old_run)
+    whole, evil = path.read_bytes(), {**state, "more": Evil(old_run / "pwned")}
+    content = {"torn": whole[:len(whole) // 2], "empty": b"", "text": b"a text\n" * 99,
+               "pickle": pickle.dumps(Evil(old_run / "pwned"), protocol=2), "tensor": torch.zeros(3),
+               "other": {"weights": {}}, "evil": evil, "headless": {**state}}
+    del content["headless"]["model"]
+    if isinstance(content[case], bytes):
+        path.write_bytes(content[case])
+    else:
+        torch.save(content[case], path)
+    before = tree(old_run)
+    with refused(capsys, str(path)):
+        train.main(argv(old_run, "--resume --images 64"))
+    assert tree(old_run) == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--model uvit", "model dit"), ("--size small", "size tiny"), ("--image-size 12", "image_size 8"),
+    ("--data shapes:full", "shapes"), ("--no-self-cond", "self_cond True"), ("--target eps", "target v"),
+    ("--schedule linear", "schedule cosine"), ("--no-conditional", "conditional True"),
+    ("--seed 1", "seed 0"), ("--batch-size 32", "batch_size 16"),
+    ("--decay 7", f"decay {train.TINY_IMAGES['dit']}"),
+    *[(f"--{name} 7", f"{name} {train.TINY_SHAPES[name]}") for name in ("lr", "ema", "warmup")]])
+def test_another_run(old_run, capsys, flags, words):
+    """A checkpoint of another experiment is refused, with the flag that differs; the folder stays."""
+    before = tree(old_run)
+    with refused(capsys, str(old_run / "checkpoint.pt"), *words.split()):
+        train.main(argv(old_run, f"--resume --images 64 {flags}"))
+    assert tree(old_run) == before
+
+
+def test_another_network(old_run, capsys, monkeypatch):
+    """So is one whose weights don't fit, as after a change of SIZES."""
+    monkeypatch.setitem(train.DiT.SIZES, "tiny", {**train.DiT.SIZES["tiny"], "depth": 2})
+    before = tree(old_run)
+    with refused(capsys, str(old_run / "checkpoint.pt")):
+        train.main(argv(old_run, "--resume --images 64"))
+    assert tree(old_run) == before
+
+
+def full_disk(monkeypatch, how):
+    """From now on checkpoints can't be written: the disk is full, seen by Python, by torch or at the end."""
+    full, save, fsync = OSError(ENOSPC, "No space left on device"), torch.save, os.fsync
+    if how == "fsync":
+        def sync(file):
+            if armed:
+                raise full
+            fsync(file)
+        armed = []
+        monkeypatch.setattr(torch, "save", lambda *args: (save(*args), armed.append(1)))
+        monkeypatch.setattr(os, "fsync", sync)
+    else:
+        def half(state, file):
+            file.write(b"half a checkpoint")
+            raise full if how == "write" else RuntimeError("PytorchStreamWriter failed writing file")
+        monkeypatch.setattr(torch, "save", half)
+
+
+@pytest.mark.parametrize("how", ["write", "torch", "fsync", "limit"])
+def test_full_disk(old_run, capsys, monkeypatch, how):
+    """A full disk while saving: one sentence; the last good checkpoint stays, byte for byte; no litter.
+
+    Also with a real limit on the size of a file in the place of the disk ("limit").
+    """
+    before = (old_run / "checkpoint.pt").read_bytes()
+    with refused(capsys, str(old_run / "checkpoint.pt"), "--resume", late=True):
+        if how == "limit":
+            resource = pytest.importorskip("resource")
+            old = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, old[1]))
+        else:
+            full_disk(monkeypatch, how)
+        try:
+            train.main(argv(old_run, "--resume --images 64"))
+        finally:
+            if how == "limit":
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert (old_run / "checkpoint.pt").read_bytes() == before and not list(old_run.glob("*.part"))
+    assert load(old_run)["images"] == 32
+    monkeypatch.undo()
+    speed_up(monkeypatch)
+    assert_same_run(run(old_run, "--resume --images 64"), run(old_run.parent / "whole", "--images 64"))
+
+
+def test_log_not_writable(old_run, capsys, monkeypatch):
+    """A log that can't be written ends the run with one sentence that names it; the checkpoint stays."""
+    def full(path, mode):
+        if "log.jsonl" in path.name:
+            raise OSError(ENOSPC, "No space left on device")
+        return open(path, mode)
+    monkeypatch.setattr(train, "open", full, raising=False)
+    with refused(capsys, "No space left", str(old_run / "log.jsonl"), late=True):
+        train.main(argv(old_run, "--resume --images 64"))
+    assert load(old_run)["images"] == 32
+
+
+def test_folder_not_writable(tmp_path, capsys):
+    """An --out where nothing can be written is refused with its name."""
+    (tmp_path / "file").write_text("")
+    with refused(capsys, str(tmp_path / "file/run")):
+        train.main(argv(tmp_path / "file/run"))
+
+
+@pytest.mark.parametrize("log_steps, step, value, interval, kept", [
+    (4, 9, "nan", ("128", "192"), 128),         # seen at a log point
+    (20, 9, "inf", ("0", "192"), 128),          # seen before a save: it does not become the checkpoint
+    (20, 1, "nan", ("0", "64"), None),          # before the first save
+])
+def test_not_finite(tmp_path, capsys, monkeypatch, log_steps, step, value, interval, kept):
+    """A loss that is not finite stops the run, names the interval, and leaves the last good checkpoint."""
+    calls, loss = [], train.GaussianDiffusion.loss
+
+    def spoilt(self, *args):
+        calls.append(1)
+        return loss(self, *args) * (float(value) if len(calls) == step else 1)
+    monkeypatch.setattr(train, "LOG_STEPS", log_steps)
+    monkeypatch.setattr(train.GaussianDiffusion, "loss", spoilt)
+    out = tmp_path / "run"
+    with refused(capsys, "not finite", *interval, str(out / "checkpoint.pt"), "--lr", late=True):
+        train.main(argv(out, "--save-every 64 --images 800"))
+    assert (out / "checkpoint.pt").exists() == (kept is not None) and not list(out.glob("*.png"))
+    if kept:
+        state = load(out)
+        assert state["images"] == kept
+        assert all(v.isfinite().all() for name in ("model", "ema") for v in state[name].values())
+    assert all(np.isfinite(x) for x in losses(out).values())
+
+
+def test_rate_too_high(tmp_path, capsys):
+    """--lr 1e30 ends so, between the log points as well as at one; nothing is drawn."""
+    for more, interval in (("", "between 0 and 320 images"), ("--save-every 64", "between 0 and 64 images")):
+        out = tmp_path / f"run{more}"
+        with refused(capsys, "not finite", interval, "--lr", late=True):
+            train.main(argv(out, f"--lr 1e30 --warmup 1 --images 800 {more}"))
+        assert set(tree(out)) == {"config.json", "log.jsonl"} and losses(out) == {}
+
+
+def test_gradient_not_finite(tmp_path, capsys, monkeypatch):
+    """A gradient that is not finite, under a loss that is, does not reach the checkpoint either."""
+    calls, loss = [], train.GaussianDiffusion.loss
+
+    def spoilt(self, *args):
+        calls.append(1)
+        result = loss(self, *args)
+        result.register_hook(lambda grad: grad * (float("nan") if len(calls) == 8 else 1))
+        return result
+    monkeypatch.setattr(train.GaussianDiffusion, "loss", spoilt)
+    with refused(capsys, "not finite", late=True):
+        train.main(argv(tmp_path / "run", "--save-every 64 --images 800"))
+    assert load(tmp_path / "run")["images"] == 64
+
+
+# --- device and precision ---
+
+@pytest.mark.parametrize("there, expected", [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")])
+def test_device(monkeypatch, there, expected):
+    """Without --device: cuda, then mps, then cpu; a flag overrides."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert train.setup(None)[0].type == expected and train.setup("cpu") == (CPU, 0, 1)
+
+
+def test_half_precision(tmp_path):
+    """bf16 and fp16 are really on, learn the same to their precision, and keep the weights in fp32."""
+    states = {p: run(tmp_path / p, f"--precision {p} {MOVES} --images 160") for p in ("fp32", "bf16", "fp16")}
+    exact = losses(tmp_path / "fp32")[160]
+    for name in ("bf16", "fp16"):
+        assert 0 < abs(losses(tmp_path / name)[160] - exact) < 0.01
+        assert all(v.dtype == torch.float32 for v in states[name]["model"].values())
+        assert 1e-6 < error(states[name]["model"], states["fp32"]["model"]) < 0.02
+    assert states["fp16"]["scaler"] and not states["bf16"]["scaler"]
+
+
+def test_precision_that_fails(tmp_path, monkeypatch, capsys):
+    """Where an autocast type does not work, one line says so and the run is one in fp32."""
+    def autocast(*args, **kwargs):
+        raise RuntimeError("no such instruction")
+    exact = run(tmp_path / "fp32", MOVES)
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch, "autocast", autocast)
+        capsys.readouterr()
+        state = run(tmp_path / name, f"{MOVES} --precision {name}")
+        said = [line for line in capsys.readouterr().out.splitlines() if "no such instruction" in line]
+        assert len(said) == 1 and name in said[0] and "fp32" in said[0]
+        assert same(state["model"], exact["model"]) and not state["scaler"]
+
+
+def test_compile_is_off(tmp_path, capsys):
+    """On a CPU torch.compile is off, and one line says so, unless --no-compile asked for it."""
+    assert run(tmp_path / "a", "--images 16 --compile")["images"] == 16
+    assert capsys.readouterr().out.count("torch.compile is off") == 1
+    run(tmp_path / "b", "--images 16 --no-compile")
+    assert "torch.compile" not in capsys.readouterr().out
+
+
+def test_as_a_script(tmp_path, photos):
+    """python train.py works from another folder; bad input ends it with 2 and one line."""
+    flags = argv(tmp_path / "run", f"--data folder:{photos} --batch-size 64")
+    code, _, err = launch(ROOT / "train.py", *flags)
+    assert code == 2 and err == "error: --batch-size 64 is more than the 40 images: use a smaller one.\n"
