@@ -10,7 +10,7 @@ Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<image
 import argparse, copy, json, math, os, platform, subprocess, sys, time  # noqa: E401
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -168,7 +168,7 @@ def list_folder(root, split):
         extra = sorted(set(others) - set(classes))
         require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
         index = {name: k for k, name in enumerate(classes)}
-        found = make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True) if classes else []
+        found = classes and make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True)
     require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
     return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
 
@@ -177,8 +177,9 @@ def load_folder(root, split, size, skip_bad):
     files, labels, classes = list_folder(root, split)
     stamp = json.dumps([[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
     cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
-    if cache.exists() and str((kept := np.load(cache))["stamp"]) == stamp:
-        return Data(torch.from_numpy(kept["images"]), labels, None, classes)
+    with suppress(Exception):                       # no cache yet, or a damaged one
+        if str((kept := np.load(cache))["stamp"]) == stamp:
+            return Data(torch.from_numpy(kept["images"]), labels, None, classes)
 
     def decode(path):
         try:
@@ -354,7 +355,6 @@ def train(cfg):
                 f"{value}: resume it with the same flags, or choose another --out.")
 
     # network, its average, optimiser
-    start = time.time()
     torch.manual_seed(mix(cfg.seed))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
@@ -365,7 +365,7 @@ def train(cfg):
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     autocast, dtype = pick_autocast(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    images, loss_count, loss_sum = 0, 0, torch.zeros((), device=device)
+    start, images, loss_count, loss_sum = time.time(), 0, 0, torch.zeros((), device=device)
     if state:
         restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
         images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]

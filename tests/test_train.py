@@ -349,6 +349,15 @@ def test_cache(tmp_path, decoded):
     look("")
 
 
+def test_damaged_cache(tmp_path, decoded):
+    """A cache that is not one is made again."""
+    picture(tmp_path / "photos/1.png", "red")
+    (tmp_path / "photos-train-8px.npz").write_bytes(b"PK not an archive")
+    for _ in range(2):
+        assert train.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
+    assert decoded == ["1.png"]
+
+
 def test_no_cache(tmp_path, decoded, monkeypatch, capsys):
     """Where the cache can't be written, training goes on and one line says so; nothing half-written stays."""
     picture(tmp_path / "photos/1.png", "red")
