@@ -180,7 +180,6 @@ def load_folder(root, split, size, skip_bad):
     with suppress(Exception):                       # no cache yet, or a damaged one
         if str((kept := np.load(cache))["stamp"]) == stamp:
             return Data(torch.from_numpy(kept["images"]), labels, None, classes)
-
     def decode(path):
         try:
             return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))      # centre crop, resize
@@ -371,7 +370,7 @@ def train(cfg):
         images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
-        for block in net.blocks:                           # in place: names stay; as a whole it takes minutes
+        for block in net.blocks:                           # in place, so that parameters keep their names
             block.compile()
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
@@ -468,7 +467,8 @@ def train(cfg):
         if images // cfg.sample_every > (images - cfg.batch_size) // cfg.sample_every and not done:
             draw()
     bar.close()
-    save(), draw()
+    save()
+    draw()
     say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
         f"samples: {out / f'samples-{images}.png'}")
 
