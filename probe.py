@@ -1,0 +1,483 @@
+"""Linear probes of a trained run: what every layer, at every noise level, knows about an image.
+
+    python probe.py runs/unet-tiny-shapes                    the layer x noise map: probe.json, probe.png
+    python probe.py runs/unet-tiny-shapes --task segment     the same with a linear layer per pixel
+    python probe.py runs/dit-small-cifar10 --data cifar100   transfer: other data, the network stays as it is
+    python probe.py --compare runs/A runs/B                  layer curves of probed runs in one picture
+
+Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers. They
+are averaged over space (to segment: upsampled to the pixels) and whitened, and one linear layer learns to tell
+the classes from them. Layer and t are chosen on a tenth of the training set, which is held out; then one probe
+is trained on the whole training set and scored, once, on the test set.
+"""
+import argparse
+import json
+import math
+import platform
+import re
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.datasets import VOCSegmentation
+from torchvision.transforms.functional import rgb_to_grayscale
+from tqdm import tqdm
+
+from train import (Data, build, command, load_data, load_run, mix, pick_autocast, require, save_file, say,
+                   setup)
+
+SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
+LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almost clean to hardly recognisable
+STEPS, BATCH, LR, DECAY = 1000, 512, 3e-2, 0.1      # of a probe: AdamW, cosine decay of the rate to 0
+RIDGE = 1e-3                                        # added to the correlations that whitening divides by
+PIXELS = 64_000                                     # a dense probe learns from so many pixels, at random
+VOID = 255                                          # in masks: no class
+METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
+NEIGHBOURS, TEMPERATURE = 20, 0.07                  # of --knn, as in DINO (arXiv 2104.14294)
+VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
+         person pottedplant sheep sofa train tvmonitor""".split()
+
+# what is probed: images (N, C, S, S) uint8; targets (N,) classes, or (N, S, S) classes of pixels; int64
+Part = namedtuple("Part", "images targets")
+# and with what: net(x, t, return_features=True), its diffusion, where and how it runs
+Source = namedtuple("Source", "net diffusion autocast device")
+
+
+def parse(argv):
+    """Flags -> namespace. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
+    parser.add_argument("run", nargs="?", help="folder of a run of train.py")
+    parser.add_argument("--task", choices=["classify", "segment"], default="classify", help="[classify]")
+    parser.add_argument("--data", help="probe on this data, see train.py; voc to segment [the run's own]")
+    parser.add_argument("--t", type=int, nargs="+", default=LEVELS, help=f"noise levels {LEVELS}")
+    parser.add_argument("--images", type=int, help="use so many training images [all; of shapes 5,000]")
+    parser.add_argument("--augment", type=int, default=0, metavar="VIEWS",
+                        help="learn from so many randomly flipped and cropped views, each extracted anew [0]")
+    parser.add_argument("--knn", action="store_true", help="also k nearest neighbours at the chosen place")
+    parser.add_argument("--references", action="store_true", help="also an untrained network and the pixels")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these probed runs")
+    parser.add_argument("--seed", type=int, default=0, help="of split, noise and batches [0]")
+    parser.add_argument("--batch-size", type=int, default=500, help="images of a forward pass [500]")
+    parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
+    args = parser.parse_args(argv)
+    require(bool(args.run) != bool(args.compare), "give either the folder of a run, or --compare and some.")
+    require(args.task == "classify" or not args.knn, "--knn is for --task classify: leave it out.")
+    for name, least in dict(images=1, augment=0, seed=0, batch_size=1).items():
+        value = getattr(args, name)
+        require(value is None or value >= least,
+                f"--{name.replace('_', '-')} {value} is not possible: use {least} or more.")
+    args.t = sorted(set(args.t))
+    return args
+
+
+# --- data ---
+
+def load_voc(split, size):
+    """Pascal VOC 2012 with masks, from ./data, downloaded if it is not there; "test" is its val part."""
+    found = None
+    for download in (False, True):
+        try:
+            found = found or VOCSegmentation("data", "2012", "train" if split == "train" else "val", download)
+        except (OSError, RuntimeError) as e:
+            require(not download, f"voc is not in ./data and could not be downloaded ({e}): go online, or "
+                                  "use --data shapes:full (built in).")
+
+    def fit(file, mode, how):                       # centre crop, resize
+        with Image.open(file) as image:
+            return np.array(ImageOps.fit(image.convert(mode) if mode else image, (size, size), how))
+    files = list(zip(found.images, found.masks))
+    images = [fit(file, "RGB", Image.Resampling.BICUBIC)
+              for file, _ in tqdm(files, f"decoding {split}", unit="img", delay=1)]
+    masks = [fit(file, None, Image.Resampling.NEAREST) for _, file in files]
+    return Data(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), None,
+                torch.from_numpy(np.stack(masks)), VOC)
+
+
+def load(spec, split, task, cfg, channels):
+    """-> Part as the run's network wants it, class names. Raises UserError."""
+    size = cfg.image_size
+    data = load_voc(split, size) if spec == "voc" else load_data(spec, split, size, cfg.skip_bad)
+    images, C = data.images, data.images.shape[1]
+    require(images.dtype == torch.uint8, f"{spec} has {images.dtype} images: give uint8, 0 to 255.")
+    require(C == channels or {C, channels} == {1, 3},
+            f"{spec} has {C} channels, the network {channels}: probe it on data with as many.")
+    if C != channels:
+        images = images.expand(-1, 3, -1, -1) if C == 1 else rgb_to_grayscale(images)
+    if task == "segment":
+        require(data.masks is not None,
+                f"--task segment needs masks, {spec} has none: use --data shapes:full or voc.")
+        classes = data.classes if spec == "voc" else ["background", *data.classes]
+        return Part(images, data.masks.long()), classes
+    require(data.labels is not None, f"{spec} has no class per image: use --task segment.")
+    require(len(data.classes) > 1, f"{spec} has one class, {data.classes[0]}: probes need two or more, "
+                                   "sort the images into train/<class>/ and test/<class>/.")
+    require(len(images) >= len(data.classes),
+            f"{spec} has fewer {split} images, {len(images)}, than classes, {len(data.classes)}: add some.")
+    return Part(images, data.labels), data.classes
+
+
+def flip_and_crop(x, targets, g):
+    """Images (n, C, S, S) and, where they are masks, targets (n, S, S): moved by up to S / 8, half flipped.
+
+    What comes in at an edge is the image's reflection.
+    """
+    n, S, on = len(x), x.shape[-1], dict(generator=g, device=x.device)
+    at = torch.arange(S, device=x.device) + torch.randint(-(S // 8), S // 8 + 1, (2, n, 1), **on)
+    rows, columns = (S - 1) - ((S - 1) - at.abs()).abs()                      # 2 x (n, S)
+    columns = torch.where(torch.rand(n, 1, **on) < 0.5, columns.flip(1), columns)
+    i = torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None]
+    return x.movedim(1, 3)[i].movedim(3, 1), targets[i] if targets.ndim == 3 else targets
+
+
+# --- features ---
+
+@torch.no_grad()
+def extract(source, part, levels, args, layers=None, view=0, pixels=0, what="features"):
+    """Features of a part, batch by batch and level by level, all layers from one forward pass.
+
+    Yields rows (a slice), t, {layer: (n m, D) float32}, targets (n m,) for n images. m = 1 to classify: the
+    mean over space. To segment, m = pixels of an image, drawn at random, or 0 for all of them in order: there
+    the map is upsampled. view > 0: flipped and cropped at random.
+    """
+    device, S = source.device, part.images.shape[-1]
+    for start in tqdm(range(0, len(part.images), args.batch_size), what, unit="batch", leave=False):
+        g = torch.Generator(device).manual_seed(mix(args.seed, view, start))
+        rows = slice(start, start + args.batch_size)
+        x0, targets = part.images[rows].to(device).float() / 127.5 - 1, part.targets[rows].to(device)
+        if view:
+            x0, targets = flip_and_crop(x0, targets, g)
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(x0.shape, generator=g, device=device)
+        if targets.ndim == 3:
+            p = torch.arange(S * S, device=device).expand(len(x0), -1)        # (n, m) places, row by row
+            if pixels:
+                p = torch.randint(S * S, (len(x0), pixels), generator=g, device=device)
+            targets = targets.flatten(1).gather(1, p).flatten()
+            grid = (torch.stack([p % S, p // S], -1)[:, :, None] + 0.5) / S * 2 - 1       # (n, m, 1, 2)
+        for t in levels:
+            ts = torch.full((len(x0),), t, device=device)
+            with source.autocast():
+                feats = source.net(source.diffusion.add_noise(x0, ts, noise), ts, return_features=True)[1]
+            found = {}
+            for name in layers or feats:
+                h = feats[name].float()                                       # (n, D, h, w)
+                if part.targets.ndim == 3:                                    # F.interpolate, but at p only
+                    h = F.grid_sample(h, grid, padding_mode="border", align_corners=False)
+                    found[name] = h[..., 0].transpose(1, 2).flatten(0, 1)     # (n, D, m, 1) -> (n m, D)
+                else:
+                    found[name] = h.mean((2, 3))
+            yield rows, t, found, targets
+
+
+def collect(source, part, levels, args, layers=None, view=0):
+    """The features to learn from -> {D: places}, {D: (P, N, D) float32}, targets (N,), on the device.
+
+    A place is a pair (layer, t); those of layers of the same width D lie side by side. Raises UserError if the
+    features do not fit into the memory of a GPU.
+    """
+    m = max(1, PIXELS // len(part.images)) if part.targets.ndim == 3 else 1
+    N, places, x, y = len(part.images) * m, {}, {}, []
+    for rows, t, found, targets in extract(source, part, levels, args, layers, view, m):
+        if not x:
+            for D in sorted({h.shape[1] for h in found.values()}):
+                places[D] = [(name, t) for name, h in found.items() if h.shape[1] == D for t in levels]
+            size = sum(4 * N * D * len(where) for D, where in places.items())
+            free = torch.cuda.mem_get_info()[0] if source.device.type == "cuda" else size
+            require(size <= free, f"the features need {size / 1e9:.0f} GB, {source.device} has "
+                                  f"{free / 1e9:.0f}: use fewer --images or fewer levels --t.")
+            x = {D: torch.empty(len(where), N, D, device=source.device) for D, where in places.items()}
+            index = {place: (D, i) for D, where in places.items() for i, place in enumerate(where)}
+        for name, h in found.items():
+            D, i = index[name, t]
+            x[D][i, rows.start * m:rows.start * m + len(h)] = h
+        if t == levels[0]:
+            y.append(targets)
+    return places, x, torch.cat(y)
+
+
+# --- probes ---
+
+def whitening(h):
+    """Features (N, D) -> mean (D,), M (D, D): (h - mean) @ M is standardised, and without correlations.
+
+    A linear layer can say the same before and after. But raw features differ so much in their correlations
+    that gradient descent stops short of the best layer, by up to 15 points, and layers could not be compared.
+    """
+    std, mean = torch.std_mean(h, 0)
+    z = (h - mean) / (std + 1e-6)
+    L = torch.linalg.cholesky(z.T @ z / len(z) + RIDGE * torch.eye(len(mean), device=h.device))
+    return mean, torch.linalg.inv(L).T / (std + 1e-6)[:, None]
+
+
+def fit(views, K, args):
+    """Trains a linear layer for every place at once -> {(layer, t): (W (D, K), b (K,))} for raw features.
+
+    views: what collect returns, once or for every view of --augment; the features are whitened in place. A step
+    is one batched matrix product per width; the probes share its images and nothing else.
+    """
+    done = 0
+    for places, x, y in views:
+        known = (y != VOID).nonzero()[:, 0]
+        if not done:
+            g = torch.Generator(y.device).manual_seed(mix(args.seed, 1))
+            whiten = {D: [whitening(features) for features in h] for D, h in x.items()}
+            W, b = ({D: torch.zeros(len(h), rows or D, K, device=y.device, requires_grad=True)
+                     for D, h in x.items()} for rows in (0, 1))               # (P, D, K) and (P, 1, K)
+            optimizer = torch.optim.AdamW([*W.values(), *b.values()], weight_decay=DECAY)
+        for D, h in x.items():
+            for features, (mean, M) in zip(h, whiten[D]):
+                features.copy_((features - mean) @ M)
+        for _ in tqdm(range(STEPS // max(1, args.augment)), "probes", unit="step", leave=False):
+            optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * done / STEPS)) / 2
+            i = known[torch.randint(len(known), (BATCH,), generator=g, device=y.device)]
+            loss = 0
+            for D, h in x.items():
+                logits = torch.baddbmm(b[D], h[:, i], W[D])                   # (P, B, K)
+                loss = loss + len(h) * F.cross_entropy(logits.flatten(0, 1), y[i].repeat(len(h)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+    probes = {}
+    for D, where in places.items():                 # on raw features x: ((x - mean) M) W + b = x (M W) + ...
+        for i, (place, (mean, M)) in enumerate(zip(where, whiten[D])):
+            raw = M @ W[D][i].detach()
+            probes[place] = raw, b[D][i, 0].detach() - mean @ raw
+    return probes
+
+
+def score(probes, K, source, part, levels, args, layers=None):
+    """-> {(layer, t): dict(accuracy=, miou=)}, of images or, where targets are masks, of all their pixels."""
+    counts = {}                                     # confusion matrices (K, K): what it is, what was said
+    for _, t, found, targets in extract(source, part, levels, args, layers, what="scoring"):
+        known = targets != VOID
+        for name, h in found.items():
+            W, b = probes[name, t]
+            said = (h @ W + b).argmax(1)
+            count = torch.bincount((targets * K + said)[known], minlength=K * K).view(K, K)
+            counts[name, t] = counts.get((name, t), 0) + count
+    result = {}
+    for place, count in counts.items():
+        right, union = count.diag(), count.sum(0) + count.sum(1) - count.diag()
+        result[place] = dict(accuracy=(right.sum() / count.sum()).item(),
+                             miou=(right / union)[union > 0].mean().item())     # of the classes that occur
+    return result
+
+
+def knn(source, train, test, place, K, args):
+    """Accuracy of the k nearest training images by cosine, weighted by exp(cosine / temperature)."""
+    (layer, t), right = place, 0
+    _, x, y = collect(source, train, [t], args, [layer])
+    x, = x.values()
+    std, mean = torch.std_mean(x[0], 0)
+    x = F.normalize((x[0] - mean) / (std + 1e-6))
+    for _, _, found, targets in extract(source, test, [t], args, [layer], what="neighbours"):
+        near, i = (F.normalize((found[layer] - mean) / (std + 1e-6)) @ x.T).topk(min(NEIGHBOURS, len(x)))
+        votes = torch.zeros(len(i), K, device=i.device).scatter_add_(1, y[i], (near / TEMPERATURE).exp())
+        right += (votes.argmax(1) == targets).sum().item()
+    return right / len(test.images)
+
+
+def study(source, train, test, K, levels, args):
+    """The protocol of this file's first lines -> dict for probe.json."""
+    def learn(part, levels, layers=None):
+        views = range(1, args.augment + 1) if args.augment else [0]
+        return fit((collect(source, part, levels, args, layers, view) for view in views), K, args)
+    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(mix(args.seed)))
+    held = max(1, len(order) // 10)
+    held, part = (Part(train.images[i], train.targets[i]) for i in (order[:held], order[held:]))
+    metric = "miou" if args.task == "segment" else "accuracy"
+    scores = score(learn(part, levels), K, source, held, levels, args)
+    layers = list(dict.fromkeys(layer for layer, _ in scores))
+    layer, t = best = max(scores, key=lambda place: scores[place][metric])
+    final = score(learn(train, [t], [layer]), K, source, test, [t], args, [layer])[best]
+    table = [[round(scores[name, level][metric], 5) for level in levels] for name in layers]
+    return dict(metric=metric, layers=layers, levels=levels, held_out=table, best=dict(layer=layer, t=t, **scores[best]),
+                test=final)
+
+
+def references(cfg, state, source, train, test, K, args):
+    """The same study of an untrained network, and of the pixels themselves."""
+    torch.manual_seed(mix(args.seed))
+    net = build(cfg, state["channels"], state["num_classes"])[0].to(source.device).eval()
+
+    def pixels(x, t, return_features):              # to classify: all of them in a row, at most 32 x 32
+        side = min(32, x.shape[-1])
+        flat = F.adaptive_avg_pool2d(x, side).flatten(1)[:, :, None, None]
+        return x, {"pixels": x if args.task == "segment" else flat}
+    return dict(untrained=study(source._replace(net=net), train, test, K, args.t, args),
+                pixels=study(source._replace(net=pixels), train, test, K, args.t[:1], args))
+
+
+# --- what one sees ---
+
+COLOURS = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]   # dark is low
+LINES = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf"]
+
+
+def stem(args):
+    """What the names of the result files begin with; other for other data and tasks."""
+    data = "-" + re.sub(r"\W+", "-", args.data.removeprefix("folder:")).strip("-") if args.data else ""
+    return "probe" + "-segment" * (args.task == "segment") + data
+
+
+def summary(result):
+    """One line: which run, where, how good."""
+    best, metric, test = result["best"], result["metric"], result["test"]
+    pixels = f" (pixel accuracy {100 * test['accuracy']:.1f} %)" if metric == "miou" else ""
+    return (f"{result['run']}: {best['layer']}, t = {best['t']}; held-out {100 * best[metric]:.1f}, "
+            f"test {100 * test[metric]:.1f} %{pixels}")
+
+
+def table(result):
+    """-> lines for the terminal: layers down, noise across; z marks the bottleneck, * the best place."""
+    best, lines = (result["best"]["layer"], result["best"]["t"]), []
+    lines.append(f"{'t':>10}   " + "".join(f"{t:6d} " for t in result["levels"]))
+    for name, values in zip(result["layers"], result["held_out"]):
+        cells = [f"{100 * value:6.1f}" + " *"[(name, t) == best] for t, value in zip(result["levels"], values)]
+        lines.append(f"{name:>10} {' z'[name == result['bottleneck']]} " + "".join(cells))
+    return "\n".join(lines)
+
+
+def canvas(width, height):
+    """-> picture, pen, writer of text; twice the final size, so that lines come out smooth."""
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def write(x, y, text, anchor="mm", fill="black", size=15):
+        pen.text((2 * x, 2 * y), text, fill, ImageFont.load_default(2 * size), anchor)
+    return picture, pen, write
+
+
+def draw_map(result, file):
+    """The layer x noise map as a PNG; the best place is framed."""
+    layers, levels, values = result["layers"], result["levels"], np.array(result["held_out"])
+    left, top, w, h = 110, 92, 66, 26
+    picture, pen, write = canvas(max(left + w * len(levels) + 20, 600), top + h * len(layers) + 16)
+    metric = METRICS[result["metric"]]
+    write(14, 20, f"{metric} of linear probes on held-out images of {result['data']} (%)", "lm")
+    write(14, 44, summary(result), "lm")
+    write(left - 12, top - 14, "t", "rm")
+    shade = (values - values.min()) / max(np.ptp(values), 1e-9)                  # 0..1
+    stops = np.linspace(0, 1, len(COLOURS))
+    for j, t in enumerate(levels):
+        write(left + (j + 0.5) * w, top - 14, str(t))
+    for i, name in enumerate(layers):
+        write(left - 12, top + (i + 0.5) * h, name + " (z)" * (name == result["bottleneck"]), "rm")
+        for j, t in enumerate(levels):
+            x, y = 2 * (left + j * w), 2 * (top + i * h)
+            colour = [round(np.interp(shade[i, j], stops, channel)) for channel in zip(*COLOURS)]
+            pen.rectangle((x, y, x + 2 * w - 5, y + 2 * h - 5), tuple(colour))
+            if (result["best"]["layer"], result["best"]["t"]) == (name, t):
+                pen.rectangle((x - 2, y - 2, x + 2 * w - 3, y + 2 * h - 3), outline="red", width=6)
+            write(left + (j + 0.5) * w, top + (i + 0.5) * h, f"{100 * values[i, j]:.1f}",
+                  fill="black" if shade[i, j] > 0.6 else "white")
+    picture.reduce(2).save(file, "PNG")
+
+
+def draw_curves(results, file):
+    """Layer curves of probed runs as a PNG: of each layer the best held-out score over t; a ring marks z."""
+    same = all(result["layers"] == results[0]["layers"] for result in results)
+    longest = max(len(result["layers"]) for result in results)
+    left, top, w, h = 70, 56 + 24 * len(results), max(560, 46 * (longest - 1)), 320
+    picture, pen, write = canvas(left + w + 40, top + h + 64)
+    curves = [[100 * max(row) for row in result["held_out"]] for result in results]
+    low, high = min(map(min, curves)), max(map(max, curves))
+    step = next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if (high - low) / step <= 8)
+    low, high = math.floor(low / step) * step, (math.floor(high / step) + 1) * step
+    metric = METRICS[results[0]["metric"]]
+    write(14, 24, f"{metric} of linear probes on held-out images (%), best t of each layer", "lm")
+    for k in range(round((high - low) / step) + 1):
+        y = top + h * (1 - k * step / (high - low))
+        pen.line((2 * left, 2 * y, 2 * (left + w), 2 * y), "#dddddd", 2)
+        write(left - 10, y, f"{low + k * step:.3g}", "rm")
+    for i, name in enumerate(results[0]["layers"] if same else ["first layer", "last layer"]):
+        write(left + w * i / max(longest - 1 if same else 1, 1), top + h + 18, name, size=13)
+    write(left + w / 2, top + h + 44, "layer" if same else "depth, from the first layer to the last")
+    for n, (result, curve) in enumerate(zip(results, curves)):
+        colour = LINES[n % len(LINES)]
+        points = [(2 * (left + w * i / max(len(curve) - 1, 1)), 2 * (top + h * (high - value) / (high - low)))
+                  for i, value in enumerate(curve)]
+        pen.line(points, colour, 5)
+        for point, name in zip(points, result["layers"]):
+            pen.circle(point, 6, colour)
+            if name == result["bottleneck"]:
+                pen.circle(point, 14, outline=colour, width=4)
+        pen.line((2 * left, 2 * (52 + 24 * n), 2 * left + 60, 2 * (52 + 24 * n)), colour, 6)
+        write(left + 40, 52 + 24 * n, summary(result), "lm")
+    picture.reduce(2).save(file, "PNG")
+
+
+def compare(args):
+    """--compare: reads the results of probed runs, draws their layer curves beside those of the first."""
+    results = []
+    for run in args.compare:
+        path = Path(run, stem(args) + ".json")
+        require(path.exists(), f"{path} does not exist: make it with python probe.py {run}.")
+        try:
+            results.append(json.loads(path.read_text()))
+            summary(results[-1]), [max(row) for row in results[-1]["held_out"]]
+        except (KeyError, TypeError, ValueError) as e:
+            require(False, f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
+    path = Path(args.compare[0], stem(args) + "-compare.png")
+    save_file(path, lambda file: draw_curves(results, file))
+    say("\n".join([*map(summary, results), f"curves: {path}"]))
+
+
+@command
+def main(argv=None):
+    args = parse(argv)
+    if args.compare:
+        return compare(args)
+    device, _, world = setup(args.device)
+    require(world == 1, "probe.py runs in one process: start it with python, without torchrun.")
+    state, net, diffusion = load_run(args.run, device)
+    cfg, spec = state["config"], args.data or state["config"].data
+    require(0 <= args.t[0] and args.t[-1] < diffusion.T,
+            f"--t {args.t[0] if args.t[0] < 0 else args.t[-1]} is out of range: use 0 to {diffusion.T - 1}.")
+    start = time.time()
+    train, classes = load(spec, "train", args.task, cfg, state["channels"])
+    test, _ = load(spec, "test", args.task, cfg, state["channels"])
+    most = args.images or (SOME_SHAPES if spec.startswith("shapes") else len(train.images))
+    require(args.task == "segment" or most >= len(classes),
+            f"--images {most} is fewer than the {len(classes)} classes: use more.")
+    if most < len(train.images):                    # not the first ones: a folder lists class after class
+        g = torch.Generator().manual_seed(mix(args.seed, 2))
+        some = torch.randperm(len(train.images), generator=g)[:most]
+        train = Part(train.images[some], train.targets[some])
+    loaded = time.time()
+    torch.backends.cudnn.benchmark = True
+    source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device)
+    result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, bottleneck=net.bottleneck,
+                  **study(source, train, test, len(classes), args.t, args))
+    say(table(result))
+    place = result["best"]["layer"], result["best"]["t"]
+    if args.knn:
+        result["knn"] = knn(source, train, test, place, len(classes), args)
+        say(f"{NEIGHBOURS} nearest neighbours there: test {100 * result['knn']:.1f} %")
+    say(summary(result))
+    if args.references:
+        result["references"] = references(cfg, state, source, train, test, len(classes), args)
+        for name, reference in result["references"].items():
+            beaten = result["test"][result["metric"]] > reference["test"][result["metric"]]
+            say(summary(dict(reference, run=name)) + "; NOT BEATEN by this run" * (not beaten))
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    result |= dict(classes=len(classes), train_images=len(train.images), test_images=len(test.images),
+                   trained_on=state["images"], seed=args.seed, augment=args.augment,
+                   device=str(device), versions=f"Python {platform.python_version()}, torch {torch.__version__}",
+                   seconds=round(time.time() - loaded, 1), memory_gb=memory)
+    run = Path(args.run)
+    save_file(run / f"{stem(args)}.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    save_file(run / f"{stem(args)}.png", lambda file: draw_map(result, file))
+    say(f"{loaded - start:.0f} s to load {len(train.images):,} + {len(test.images):,} images, "
+        f"{result['seconds']:.0f} s to probe; results: {run / stem(args)}.json and .png")
+
+
+if __name__ == "__main__":
+    main()
