@@ -5,10 +5,10 @@
     python probe.py runs/dit-small-cifar10 --data cifar100   transfer: other data, the network stays as it is
     python probe.py --compare runs/A runs/B                  layer curves of probed runs in one picture
 
-Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers. They
-are averaged over space (to segment: upsampled to the pixels) and whitened, and one linear layer learns to tell
-the classes from them. Layer and t are chosen on a tenth of the training set, which is held out; then one probe
-is trained on the whole training set and scored, once, on the test set.
+Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers.
+They are averaged over space (to segment: upsampled to the pixels) and whitened, and one linear layer learns
+to tell the classes from them. Layer and t are chosen on a tenth of the training set, which is held out; then
+one probe is trained on the whole training set and scored, once, on the test set.
 """
 import argparse
 import json
@@ -178,8 +178,8 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, what="fea
 def collect(source, part, levels, args, layers=None, view=0):
     """The features to learn from -> {D: places}, {D: (P, N, D) float32}, targets (N,), on the device.
 
-    A place is a pair (layer, t); those of layers of the same width D lie side by side. Raises UserError if the
-    features do not fit into the memory of a GPU.
+    A place is a pair (layer, t); those of layers of the same width D lie side by side. Raises UserError if
+    the features do not fit into the memory of a GPU.
     """
     m = max(1, PIXELS // len(part.images)) if part.targets.ndim == 3 else 1
     N, places, x, y = len(part.images) * m, {}, {}, []
@@ -218,8 +218,8 @@ def whitening(h):
 def fit(views, K, args):
     """Trains a linear layer for every place at once -> {(layer, t): (W (D, K), b (K,))} for raw features.
 
-    views: what collect returns, once or for every view of --augment; the features are whitened in place. A step
-    is one batched matrix product per width; the probes share its images and nothing else.
+    views: what collect returns, once or for every view of --augment; the features are whitened in place. A
+    step is one batched matrix product per width; the probes share its images and nothing else.
     """
     done = 0
     for places, x, y in views:
@@ -298,8 +298,8 @@ def study(source, train, test, K, levels, args):
     layer, t = best = max(scores, key=lambda place: scores[place][metric])
     final = score(learn(train, [t], [layer]), K, source, test, [t], args, [layer])[best]
     table = [[round(scores[name, level][metric], 5) for level in levels] for name in layers]
-    return dict(metric=metric, layers=layers, levels=levels, held_out=table, best=dict(layer=layer, t=t, **scores[best]),
-                test=final)
+    return dict(metric=metric, layers=layers, levels=levels, held_out=table,
+                best=dict(layer=layer, t=t, **scores[best]), test=final)
 
 
 def references(cfg, state, source, train, test, K, args):
@@ -340,8 +340,9 @@ def table(result):
     best, lines = (result["best"]["layer"], result["best"]["t"]), []
     lines.append(f"{'t':>10}   " + "".join(f"{t:6d} " for t in result["levels"]))
     for name, values in zip(result["layers"], result["held_out"]):
-        cells = [f"{100 * value:6.1f}" + " *"[(name, t) == best] for t, value in zip(result["levels"], values)]
-        lines.append(f"{name:>10} {' z'[name == result['bottleneck']]} " + "".join(cells))
+        line = "".join(f"{100 * value:6.1f}" + " *"[(name, t) == best]
+                       for t, value in zip(result["levels"], values))
+        lines.append(f"{name:>10} {' z'[name == result['bottleneck']]} {line}")
     return "\n".join(lines)
 
 
@@ -469,8 +470,8 @@ def main(argv=None):
             say(summary(dict(reference, run=name)) + "; NOT BEATEN by this run" * (not beaten))
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     result |= dict(classes=len(classes), train_images=len(train.images), test_images=len(test.images),
-                   trained_on=state["images"], seed=args.seed, augment=args.augment,
-                   device=str(device), versions=f"Python {platform.python_version()}, torch {torch.__version__}",
+                   trained_on=state["images"], seed=args.seed, augment=args.augment, device=str(device),
+                   versions=f"Python {platform.python_version()}, torch {torch.__version__}",
                    seconds=round(time.time() - loaded, 1), memory_gb=memory)
     run = Path(args.run)
     save_file(run / f"{stem(args)}.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
