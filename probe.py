@@ -32,8 +32,8 @@ from train import (Data, build, command, load_data, load_run, mix, pick_autocast
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almost clean to hardly recognisable
-STEPS, BATCH, LR, DECAY = 1000, 512, 3e-2, 0.1      # of a probe: AdamW, cosine decay of the rate to 0
-RIDGE = 1e-3                                        # added to the correlations that whitening divides by
+STEPS, BATCH, LR, DECAY = 500, 2048, 3e-2, 1e-2     # of a probe: AdamW, cosine decay of the rate to 0
+RIDGE = 1e-4                                        # added to the correlations that whitening divides by
 PIXELS = 64_000                                     # a dense probe learns from so many pixels, at random
 VOID = 255                                          # in masks: no class
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
@@ -72,6 +72,7 @@ def parse(argv):
         value = getattr(args, name)
         require(value is None or value >= least,
                 f"--{name.replace('_', '-')} {value} is not possible: use {least} or more.")
+    require(args.augment <= STEPS, f"--augment {args.augment} is more than the {STEPS} steps: use fewer.")
     args.t = sorted(set(args.t))
     return args
 
@@ -117,8 +118,6 @@ def load(spec, split, task, cfg, channels):
     require(data.labels is not None, f"{spec} has no class per image: use --task segment.")
     require(len(data.classes) > 1, f"{spec} has one class, {data.classes[0]}: probes need two or more, "
                                    "sort the images into train/<class>/ and test/<class>/.")
-    require(len(images) >= len(data.classes),
-            f"{spec} has fewer {split} images, {len(images)}, than classes, {len(data.classes)}: add some.")
     return Part(images, data.labels), data.classes
 
 
@@ -138,16 +137,18 @@ def flip_and_crop(x, targets, g):
 # --- features ---
 
 @torch.no_grad()
-def extract(source, part, levels, args, layers=None, view=0, pixels=0, what="features"):
+def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=False):
     """Features of a part, batch by batch and level by level, all layers from one forward pass.
 
     Yields rows (a slice), t, {layer: (n m, D) float32}, targets (n m,) for n images. m = 1 to classify: the
     mean over space. To segment, m = pixels of an image, drawn at random, or 0 for all of them in order: there
-    the map is upsampled. view > 0: flipped and cropped at random.
+    the map is upsampled. view > 0: flipped and cropped at random. learn: what probes learn from has other
+    noise than what they are scored on.
     """
     device, S = source.device, part.images.shape[-1]
-    for start in tqdm(range(0, len(part.images), args.batch_size), what, unit="batch", leave=False):
-        g = torch.Generator(device).manual_seed(mix(args.seed, view, start))
+    starts, what = range(0, len(part.images), args.batch_size), "features" if learn else "scoring"
+    for start in tqdm(starts, what, unit="batch", leave=False):
+        g = torch.Generator(device).manual_seed(mix(args.seed, view, start, learn))
         rows = slice(start, start + args.batch_size)
         x0, targets = part.images[rows].to(device).float() / 127.5 - 1, part.targets[rows].to(device)
         if view:
@@ -183,7 +184,7 @@ def collect(source, part, levels, args, layers=None, view=0):
     """
     m = max(1, PIXELS // len(part.images)) if part.targets.ndim == 3 else 1
     N, places, x, y = len(part.images) * m, {}, {}, []
-    for rows, t, found, targets in extract(source, part, levels, args, layers, view, m):
+    for rows, t, found, targets in extract(source, part, levels, args, layers, view, m, learn=True):
         if not x:
             for D in sorted({h.shape[1] for h in found.values()}):
                 places[D] = [(name, t) for name, h in found.items() if h.shape[1] == D for t in levels]
@@ -218,14 +219,13 @@ def whitening(h):
 def fit(views, K, args):
     """Trains a linear layer for every place at once -> {(layer, t): (W (D, K), b (K,))} for raw features.
 
-    views: what collect returns, once or for every view of --augment; the features are whitened in place. A
-    step is one batched matrix product per width; the probes share its images and nothing else.
+    views: what collect returns, in random order, once or for every view of --augment; the features are
+    whitened in place. A step is one batched matrix product per width; the probes share its images and nothing
+    else.
     """
     done = 0
     for places, x, y in views:
-        known = (y != VOID).nonzero()[:, 0]
         if not done:
-            g = torch.Generator(y.device).manual_seed(mix(args.seed, 1))
             whiten = {D: [whitening(features) for features in h] for D, h in x.items()}
             W, b = ({D: torch.zeros(len(h), rows or D, K, device=y.device, requires_grad=True)
                      for D, h in x.items()} for rows in (0, 1))               # (P, D, K) and (P, 1, K)
@@ -233,13 +233,14 @@ def fit(views, K, args):
         for D, h in x.items():
             for features, (mean, M) in zip(h, whiten[D]):
                 features.copy_((features - mean) @ M)
+        parts = max(1, len(y) // BATCH)                                       # of the data, one a step
         for _ in tqdm(range(STEPS // max(1, args.augment)), "probes", unit="step", leave=False):
             optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * done / STEPS)) / 2
-            i = known[torch.randint(len(known), (BATCH,), generator=g, device=y.device)]
+            i = slice(done % parts * len(y) // parts, (done % parts + 1) * len(y) // parts)
             loss = 0
             for D, h in x.items():
-                logits = torch.baddbmm(b[D], h[:, i], W[D])                   # (P, B, K)
-                loss = loss + len(h) * F.cross_entropy(logits.flatten(0, 1), y[i].repeat(len(h)))
+                logits = torch.baddbmm(b[D], h[:, i], W[D]).flatten(0, 1)     # (P, B, K) -> (P B, K)
+                loss = loss + len(h) * F.cross_entropy(logits, y[i].repeat(len(h)), ignore_index=VOID)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -255,7 +256,7 @@ def fit(views, K, args):
 def score(probes, K, source, part, levels, args, layers=None):
     """-> {(layer, t): dict(accuracy=, miou=)}, of images or, where targets are masks, of all their pixels."""
     counts = {}                                     # confusion matrices (K, K): what it is, what was said
-    for _, t, found, targets in extract(source, part, levels, args, layers, what="scoring"):
+    for _, t, found, targets in extract(source, part, levels, args, layers):
         known = targets != VOID
         for name, h in found.items():
             W, b = probes[name, t]
@@ -266,7 +267,7 @@ def score(probes, K, source, part, levels, args, layers=None):
     for place, count in counts.items():
         right, union = count.diag(), count.sum(0) + count.sum(1) - count.diag()
         result[place] = dict(accuracy=(right.sum() / count.sum()).item(),
-                             miou=(right / union)[union > 0].mean().item())     # of the classes that occur
+                             miou=(right / union)[union > 0].mean().item())   # classes that occur or are said
     return result
 
 
@@ -277,7 +278,7 @@ def knn(source, train, test, place, K, args):
     x, = x.values()
     std, mean = torch.std_mean(x[0], 0)
     x = F.normalize((x[0] - mean) / (std + 1e-6))
-    for _, _, found, targets in extract(source, test, [t], args, [layer], what="neighbours"):
+    for _, _, found, targets in extract(source, test, [t], args, [layer]):
         near, i = (F.normalize((found[layer] - mean) / (std + 1e-6)) @ x.T).topk(min(NEIGHBOURS, len(x)))
         votes = torch.zeros(len(i), K, device=i.device).scatter_add_(1, y[i], (near / TEMPERATURE).exp())
         right += (votes.argmax(1) == targets).sum().item()
@@ -285,13 +286,12 @@ def knn(source, train, test, place, K, args):
 
 
 def study(source, train, test, K, levels, args):
-    """The protocol of this file's first lines -> dict for probe.json."""
+    """The protocol of this file's first lines, train in random order -> dict for probe.json."""
     def learn(part, levels, layers=None):
         views = range(1, args.augment + 1) if args.augment else [0]
         return fit((collect(source, part, levels, args, layers, view) for view in views), K, args)
-    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(mix(args.seed)))
-    held = max(1, len(order) // 10)
-    held, part = (Part(train.images[i], train.targets[i]) for i in (order[:held], order[held:]))
+    n = len(train.images) // 10
+    held, part = Part(train.images[:n], train.targets[:n]), Part(train.images[n:], train.targets[n:])
     metric = "miou" if args.task == "segment" else "accuracy"
     scores = score(learn(part, levels), K, source, held, levels, args)
     layers = list(dict.fromkeys(layer for layer, _ in scores))
@@ -346,13 +346,20 @@ def table(result):
     return "\n".join(lines)
 
 
-def canvas(width, height):
-    """-> picture, pen, writer of text; twice the final size, so that lines come out smooth."""
+def canvas(width, height, heading):
+    """-> picture, pen, writer of text; wide enough for the heading's lines (x, text), which are written.
+
+    Twice the final size, so that lines come out smooth.
+    """
+    font = ImageFont.load_default(30)
+    width = round(max(width, *(x + font.getlength(text) / 2 + 14 for x, text in heading)))
     picture = Image.new("RGB", (2 * width, 2 * height), "white")
     pen = ImageDraw.Draw(picture)
 
-    def write(x, y, text, anchor="mm", fill="black", size=15):
-        pen.text((2 * x, 2 * y), text, fill, ImageFont.load_default(2 * size), anchor)
+    def write(x, y, text, anchor="mm", fill="black"):
+        pen.text((2 * x, 2 * y), text, fill, font, anchor)
+    for i, (x, text) in enumerate(heading):
+        write(x, 24 + 24 * i, text, "lm")
     return picture, pen, write
 
 
@@ -360,13 +367,12 @@ def draw_map(result, file):
     """The layer x noise map as a PNG; the best place is framed."""
     layers, levels, values = result["layers"], result["levels"], np.array(result["held_out"])
     left, top, w, h = 110, 92, 66, 26
-    picture, pen, write = canvas(max(left + w * len(levels) + 20, 600), top + h * len(layers) + 16)
-    metric = METRICS[result["metric"]]
-    write(14, 20, f"{metric} of linear probes on held-out images of {result['data']} (%)", "lm")
-    write(14, 44, summary(result), "lm")
-    write(left - 12, top - 14, "t", "rm")
+    what = f"{METRICS[result['metric']]} of linear probes on held-out images of {result['data']} (%)"
+    picture, pen, write = canvas(left + w * len(levels) + 20, top + h * len(layers) + 16,
+                                 [(14, what), (14, summary(result))])
     shade = (values - values.min()) / max(np.ptp(values), 1e-9)                  # 0..1
     stops = np.linspace(0, 1, len(COLOURS))
+    write(left - 12, top - 14, "t", "rm")
     for j, t in enumerate(levels):
         write(left + (j + 0.5) * w, top - 14, str(t))
     for i, name in enumerate(layers):
@@ -384,23 +390,24 @@ def draw_map(result, file):
 
 def draw_curves(results, file):
     """Layer curves of probed runs as a PNG: of each layer the best held-out score over t; a ring marks z."""
-    same = all(result["layers"] == results[0]["layers"] for result in results)
-    longest = max(len(result["layers"]) for result in results)
-    left, top, w, h = 70, 56 + 24 * len(results), max(560, 46 * (longest - 1)), 320
-    picture, pen, write = canvas(left + w + 40, top + h + 64)
+    layers = [result["layers"] for result in results]
+    same, longest = all(names == layers[0] for names in layers), max(map(len, layers))
+    left, top, w, h = 70, 56 + 24 * len(results), max(560, 58 * (longest - 1)), 320
+    what = f"{METRICS[results[0]['metric']]} of linear probes on held-out images (%), best t of each layer"
+    picture, pen, write = canvas(left + w + 40, top + h + 64,
+                                 [(14, what), *((left + 40, summary(result)) for result in results)])
     curves = [[100 * max(row) for row in result["held_out"]] for result in results]
     low, high = min(map(min, curves)), max(map(max, curves))
     step = next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if (high - low) / step <= 8)
     low, high = math.floor(low / step) * step, (math.floor(high / step) + 1) * step
-    metric = METRICS[results[0]["metric"]]
-    write(14, 24, f"{metric} of linear probes on held-out images (%), best t of each layer", "lm")
     for k in range(round((high - low) / step) + 1):
         y = top + h * (1 - k * step / (high - low))
         pen.line((2 * left, 2 * y, 2 * (left + w), 2 * y), "#dddddd", 2)
         write(left - 10, y, f"{low + k * step:.3g}", "rm")
-    for i, name in enumerate(results[0]["layers"] if same else ["first layer", "last layer"]):
-        write(left + w * i / max(longest - 1 if same else 1, 1), top + h + 18, name, size=13)
-    write(left + w / 2, top + h + 44, "layer" if same else "depth, from the first layer to the last")
+    names = layers[0] if same else ["first layer", "last layer"]
+    for i, name in enumerate(names):
+        write(left + w * i / max(len(names) - 1, 1), top + h + 18, name)
+    write(left + w / 2, top + h + 44, "layer" if same else "depth")
     for n, (result, curve) in enumerate(zip(results, curves)):
         colour = LINES[n % len(LINES)]
         points = [(2 * (left + w * i / max(len(curve) - 1, 1)), 2 * (top + h * (high - value) / (high - low)))
@@ -410,8 +417,7 @@ def draw_curves(results, file):
             pen.circle(point, 6, colour)
             if name == result["bottleneck"]:
                 pen.circle(point, 14, outline=colour, width=4)
-        pen.line((2 * left, 2 * (52 + 24 * n), 2 * left + 60, 2 * (52 + 24 * n)), colour, 6)
-        write(left + 40, 52 + 24 * n, summary(result), "lm")
+        pen.line((2 * left, 2 * (48 + 24 * n), 2 * left + 60, 2 * (48 + 24 * n)), colour, 6)
     picture.reduce(2).save(file, "PNG")
 
 
@@ -445,13 +451,12 @@ def main(argv=None):
     start = time.time()
     train, classes = load(spec, "train", args.task, cfg, state["channels"])
     test, _ = load(spec, "test", args.task, cfg, state["channels"])
-    most = args.images or (SOME_SHAPES if spec.startswith("shapes") else len(train.images))
-    require(args.task == "segment" or most >= len(classes),
-            f"--images {most} is fewer than the {len(classes)} classes: use more.")
-    if most < len(train.images):                    # not the first ones: a folder lists class after class
-        g = torch.Generator().manual_seed(mix(args.seed, 2))
-        some = torch.randperm(len(train.images), generator=g)[:most]
-        train = Part(train.images[some], train.targets[some])
+    most = min(args.images or (SOME_SHAPES if spec.startswith("shapes") else math.inf), len(train.images))
+    least = max(10, len(classes) if args.task == "classify" else 0)         # so that a tenth is an image
+    require(most >= least,
+            f"{most} training images of {len(classes)} classes are too few: use {least} or more.")
+    some = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(mix(args.seed)))[:most]
+    train = Part(train.images[some], train.targets[some])
     loaded = time.time()
     torch.backends.cudnn.benchmark = True
     source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device)
@@ -474,8 +479,8 @@ def main(argv=None):
                    versions=f"Python {platform.python_version()}, torch {torch.__version__}",
                    seconds=round(time.time() - loaded, 1), memory_gb=memory)
     run = Path(args.run)
-    save_file(run / f"{stem(args)}.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     save_file(run / f"{stem(args)}.png", lambda file: draw_map(result, file))
+    save_file(run / f"{stem(args)}.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     say(f"{loaded - start:.0f} s to load {len(train.images):,} + {len(test.images):,} images, "
         f"{result['seconds']:.0f} s to probe; results: {run / stem(args)}.json and .png")
 
