@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
+import probe
 import sample
 import train
 from diffusion import GaussianDiffusion, draw_shapes
@@ -21,7 +22,7 @@ from diffusion import GaussianDiffusion, draw_shapes
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-SCRIPTS = {"train.py": train, "sample.py": sample}
+SCRIPTS = {"train.py": train, "sample.py": sample, "probe.py": probe}
 NOT_RUN = "-m pytest", "-m pip", "-m venv"          # and whatever is no command of python or torchrun
 BATCH = 4                                           # of the tiny budget
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -105,6 +106,7 @@ def small(place, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
     monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
+    monkeypatch.setattr(probe, "STEPS", 5)
     monkeypatch.chdir(place)
     return place
 
@@ -120,6 +122,27 @@ def train_run(flags):
     return folder
 
 
+def need_run(name):
+    """The folder of a run that a train.py command of the README makes; it is trained if it is not there."""
+    made = {Path(train.parse_config(flags).out): flags for flags in train_flags()}
+    assert Path(name) in made, f"no train.py command of the README makes {name}"
+    return Path(name) if Path(name, "checkpoint.pt").exists() else train_run(made[Path(name)])
+
+
+def probe_command(flags):
+    """Runs a command of probe.py on two noise levels; --compare on runs that are then probed."""
+    args = probe.parse(flags)
+    for run in map(need_run, args.compare or [args.run]):
+        if args.compare and not (run / "probe.json").exists():
+            probe.main([str(run), *"--t 10 300 --device cpu".split()])
+    stem = probe.stem(args)
+    expected = [f"{stem}-compare.png"] if args.compare else [f"{stem}.json", f"{stem}.png"]
+    for name in expected:
+        Path((args.compare or [args.run])[0], name).unlink(missing_ok=True)
+    probe.main(flags if args.compare else [*flags, *"--t 10 300 --device cpu".split()])
+    assert all(Path((args.compare or [args.run])[0], name).exists() for name in expected)
+
+
 @readme
 @pytest.mark.parametrize("words", RUN, ids=" ".join)
 def test_command(small, words):
@@ -127,7 +150,7 @@ def test_command(small, words):
 
     Networks, data, images and steps are few and small, cifar10 and folder: are stand-ins, the FID is not
     computed, and torchrun's scripts run in this process: the flags and the names are the README's. sample.py
-    gets the run that a train.py command of the README makes.
+    and probe.py get the runs that train.py commands of the README make.
     """
     found = script_and_flags(words)
     if found is None:
@@ -138,11 +161,10 @@ def test_command(small, words):
         folder = train_run(flags)
         assert (folder / "checkpoint.pt").exists() and (folder / f"samples-{2 * BATCH}.png").exists()
         return
+    if script == "probe.py":
+        return probe_command(flags)
     args = sample.parse(flags)
-    made = {Path(train.parse_config(other).out): other for other in train_flags()}
-    assert Path(args.run) in made, f"no train.py command of the README makes {args.run}"
-    if not Path(args.run, "checkpoint.pt").exists():
-        train_run(made[Path(args.run)])
+    need_run(args.run)
     expected = {"denoise.png"} if args.denoise else {"samples.png"} | ({"samples.npz"} if args.npz else set())
     for name in expected:
         Path(args.run, name).unlink(missing_ok=True)
@@ -173,12 +195,12 @@ def test_inline_commands(small):
         if not re.search(r"--help|\.\.\.|[\[\]<>|…]", code):                   # the rest are patterns
             script, flags = script_and_flags(shlex.split(code))
             assert script in SCRIPTS, code
-            (train.parse_config if script == "train.py" else sample.parse)(flags)
+            getattr(SCRIPTS[script], "parse_config" if script == "train.py" else "parse")(flags)
 
 
 @readme
 def test_flags_exist(capsys):
-    """Every --flag that the README mentions is one of train.py, sample.py, torchrun or this test suite."""
+    """Every --flag that the README mentions is one of train.py, sample.py, probe.py, torchrun or this test suite."""
     known = get_args_parser().format_help() + (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit) as exit:
