@@ -81,13 +81,12 @@ def parse(argv):
 
 def load_voc(split, size):
     """Pascal VOC 2012 with masks, from ./data, downloaded if it is not there; "test" is its val part."""
-    found = None
-    for download in (False, True):
-        try:
-            found = found or VOCSegmentation("data", "2012", "train" if split == "train" else "val", download)
-        except (OSError, RuntimeError) as e:
-            require(not download, f"voc is not in ./data and could not be downloaded ({e}): go online, or "
-                                  "use --data shapes:full (built in).")
+    part, missing = "train" if split == "train" else "val", not Path("data/VOCdevkit/VOC2012").is_dir()
+    try:
+        found = VOCSegmentation("data", "2012", part, download=missing)
+    except (OSError, RuntimeError) as e:
+        require(False, f"voc is not in ./data and could not be downloaded ({e}): go online, or use --data "
+                       "shapes:full (built in).")
 
     def fit(file, mode, how):                       # centre crop, resize
         with Image.open(file) as image:
@@ -207,8 +206,9 @@ def collect(source, part, levels, args, layers=None, view=0):
 def whitening(h):
     """Features (N, D) -> mean (D,), M (D, D): (h - mean) @ M is standardised, and without correlations.
 
-    A linear layer can say the same before and after. But raw features differ so much in their correlations
-    that gradient descent stops short of the best layer, by up to 15 points, and layers could not be compared.
+    A linear layer can say the same before and after. But features are so correlated (condition numbers up to
+    8 million were seen) that on merely standardised ones 2,000 steps of AdamW ended up to 15 points below the
+    best linear layer, in some layers more than in others.
     """
     std, mean = torch.std_mean(h, 0)
     z = (h - mean) / (std + 1e-6)

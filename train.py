@@ -290,7 +290,7 @@ def save_file(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({e}), its last state is whole: make room, then go on.")
+        raise UserError(f"could not write {path} ({e}), it is as it was: make room, go on (train: --resume).")
 
 def read_checkpoint(path):
     """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""

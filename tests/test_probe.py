@@ -968,7 +968,8 @@ def test_voc_is_probed(run_probe, tmp_path, monkeypatch, offline):
 @pytest.mark.parametrize("flags, words", [
     ("--t -1", "--t -1 0 999"), ("--t 5 1000", "--t 1000 999"), ("--t ten", "--t ten"),
     ("--task segment --data shapes --knn", "--knn --task"), ("--images 0", "--images 0 1"),
-    ("--images 9", "9 10"), ("--augment 1001", "--augment 1001 500"), ("--augment -1", "--augment -1"), ("--seed -1", "--seed -1"),
+    ("--images 9", "9 10"), ("--augment 1001", "--augment 1001 500"), ("--augment -1", "--augment -1"),
+    ("--seed -1", "--seed -1"),
     ("--batch-size 0", "--batch-size 0"), ("--compare runs/A", "run --compare"), ("--task paint", "paint"),
     ("--data cifar11", "cifar11"), ("--device toaster", "toaster cpu"), ("--nn 5", "--nn")])
 def test_bad_flags(folders, capsys, flags, words):

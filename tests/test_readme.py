@@ -200,7 +200,7 @@ def test_inline_commands(small):
 
 @readme
 def test_flags_exist(capsys):
-    """Every --flag that the README mentions is one of train.py, sample.py, probe.py, torchrun or this test suite."""
+    """Every --flag that the README mentions is one of our scripts', of torchrun's or of this test suite's."""
     known = get_args_parser().format_help() + (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit) as exit:

@@ -1,0 +1,133 @@
+"""Where to aggregate: small networks whose z is taken elsewhere or rerouted differently, beside a baseline.
+
+    python .github/results/where_to_aggregate.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
+
+For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each. A
+variant is a few replaced lines of the network's file, below.
+"""
+import argparse
+import json
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import probe   # noqa: E402
+import sample  # noqa: E402
+import train   # noqa: E402
+
+SIZES = {
+    "unet": dict(dim=64, mults=(1, 2, 2, 2), attention=(1,), blocks=2, dropout=0.1),
+    "uvit": dict(dim=256, depth=12, heads=4, patch=2),
+    "dit": dict(dim=256, depth=12, heads=4, patch=2),
+}
+
+MIXIN = "            c = c + self.proj(z.to(c.dtype))"          # the default, in all three
+OFF = "        if self.self_cond:\n" + MIXIN                   # with its condition, to be taken out
+
+
+def unet_at(layer, before, after):
+    """The lines before and after which z is taken and added, in the UNet's encoder or decoder."""
+    return [(OFF, "        pass"), (before, after),
+            ('self.bottleneck = "mid"', f'self.bottleneck = "{layer}"')]
+
+
+def unet_out(n):
+    line = '                keep(feats, f"out_{n}", h)\n'
+    return unet_at(f"out_{n}", line, line + f"                if n == {n} and self.self_cond:\n"
+                   "                    c = c + self.proj(aggregate(h).to(c.dtype))\n")
+
+
+def dit_block(n):
+    return [("len(self.blocks) // 2", str(n)), ('f"block_{depth // 2}"', f'"block_{n}"')]
+
+
+UVIT_ONE = """nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
+            nn.init.zeros_(self.proj[1].weight)
+            nn.init.zeros_(self.proj[1].bias)
+"""
+UVIT_MANY = """nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
+                for _ in range(depth // 2))
+            for proj in self.proj:
+                nn.init.zeros_(proj[1].weight)
+                nn.init.zeros_(proj[1].bias)
+"""
+UVIT_KEEP = '            keep(feats, f"out_{n}", self.to_map(x))\n'
+VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the default are not patched
+    "unet": {
+        "baseline": [], "mid": [], "out_3": unet_out(3), "out_6": unet_out(6),
+        "in_8": unet_at("in_8", "        for block in self.mid:\n",
+                        "        if self.self_cond:\n"
+                        "            c = c + self.proj(aggregate(h).to(c.dtype))\n"
+                        "        for block in self.mid:\n"),
+    },
+    "uvit": {
+        "baseline": [], "mid": [],
+        "mid, separate projections": [
+            (UVIT_ONE, UVIT_MANY),
+            (MIXIN, "            c = [c + proj(z.to(c.dtype)) for proj in self.proj]"),
+            ("skips.pop(), c)", "skips.pop(), c[n - 1] if isinstance(c, list) else c)")],
+        "mid, once to all tokens": [(MIXIN, "            x = x + self.proj(z.to(x.dtype))[:, None]")],
+        "out_2": [(OFF, "        pass"), ('self.bottleneck = "mid"', 'self.bottleneck = "out_2"'),
+                  (UVIT_KEEP, UVIT_KEEP + "            if n == 2 and self.self_cond:\n                "
+                   "c = c + self.proj(aggregate(self.to_map(x)).to(c.dtype))\n")],
+    },
+    "dit": {"baseline": [], "block_6": [], "block_4": dit_block(4), "block_8": dit_block(8)},
+}
+
+
+def network(name, variant):
+    """The class of a network with a variant's lines replaced, of the size above."""
+    file = f"{name}_selfcond.py"
+    text = (ROOT / file).read_text()
+    for old, new in VARIANTS[name][variant]:
+        assert old in text, (variant, old)
+        text = text.replace(old, new)
+    module = types.ModuleType(f"{name}_variant")
+    exec(compile(text, file, "exec"), module.__dict__)
+    found = getattr(module, train.MODELS[name].__name__)
+    found.SIZES = {"study": SIZES[name]}
+    return found
+
+
+def measure(args, name, variant, seed, judge=None):
+    """Trains, samples and probes -> dict; judge(samples.npz) -> a number, where there is one."""
+    run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
+    train.MODELS[name] = network(name, variant)
+    rare = "--save-every 1000000000 --sample-every 1000000000"
+    train.main([*f"--model {name} --size study --data {args.data} --images {args.images} --batch-size "
+                f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(),
+                *["--no-self-cond"] * (variant == "baseline")])
+    sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
+    probe.main([str(run), *"--t 1 10 60 --batch-size 1000".split()])
+    result = json.loads((run / "probe.json").read_text())
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
+                parameters=records[0]["parameters"], loss=records[-1]["loss"], best=result["best"],
+                test=result["test"]["accuracy"], layers=result["layers"], held_out=result["held_out"],
+                distance=judge(run / "samples.npz") if judge else None)
+
+
+def main(argv=None, judge=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("network", choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", help="some of them [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--images", type=int, default=600_000)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--runs", default="runs/where", help="folder of the runs")
+    parser.add_argument("--out", default="where.jsonl")
+    args = parser.parse_args(argv)
+    for seed in args.seeds:
+        for variant in args.variants or VARIANTS[args.network]:
+            record = measure(args, args.network, variant, seed, judge)
+            with open(args.out, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
