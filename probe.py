@@ -318,6 +318,7 @@ def references(cfg, state, source, train, test, K, args):
 # --- what one sees ---
 
 COLOURS = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]   # dark is low
+FONT = ImageFont.load_default(30)
 LINES = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf"]
 
 
@@ -351,13 +352,12 @@ def canvas(width, height, heading):
 
     Twice the final size, so that lines come out smooth.
     """
-    font = ImageFont.load_default(30)
-    width = round(max(width, *(x + font.getlength(text) / 2 + 14 for x, text in heading)))
+    width = round(max(width, *(x + FONT.getlength(text) / 2 + 14 for x, text in heading)))
     picture = Image.new("RGB", (2 * width, 2 * height), "white")
     pen = ImageDraw.Draw(picture)
 
     def write(x, y, text, anchor="mm", fill="black"):
-        pen.text((2 * x, 2 * y), text, fill, font, anchor)
+        pen.text((2 * x, 2 * y), text, fill, FONT, anchor)
     for i, (x, text) in enumerate(heading):
         write(x, 24 + 24 * i, text, "lm")
     return picture, pen, write
@@ -390,9 +390,10 @@ def draw_map(result, file):
 
 def draw_curves(results, file):
     """Layer curves of probed runs as a PNG: of each layer the best held-out score over t; a ring marks z."""
-    layers = [result["layers"] for result in results]
-    same, longest = all(names == layers[0] for names in layers), max(map(len, layers))
-    left, top, w, h = 70, 56 + 24 * len(results), max(560, 58 * (longest - 1)), 320
+    names, same = results[0]["layers"], all(result["layers"] == results[0]["layers"] for result in results)
+    names = names if same else ["first layer", "last layer"]
+    gap = max(map(FONT.getlength, names)) / 2 + 12                               # between two names
+    left, top, w, h = 70, 56 + 24 * len(results), max(560, round(gap * (len(names) - 1))), 320
     what = f"{METRICS[results[0]['metric']]} of linear probes on held-out images (%), best t of each layer"
     picture, pen, write = canvas(left + w + 40, top + h + 64,
                                  [(14, what), *((left + 40, summary(result)) for result in results)])
@@ -404,7 +405,6 @@ def draw_curves(results, file):
         y = top + h * (1 - k * step / (high - low))
         pen.line((2 * left, 2 * y, 2 * (left + w), 2 * y), "#dddddd", 2)
         write(left - 10, y, f"{low + k * step:.3g}", "rm")
-    names = layers[0] if same else ["first layer", "last layer"]
     for i, name in enumerate(names):
         write(left + w * i / max(len(names) - 1, 1), top + h + 18, name)
     write(left + w / 2, top + h + 44, "layer" if same else "depth")
@@ -460,7 +460,8 @@ def main(argv=None):
     loaded = time.time()
     torch.backends.cudnn.benchmark = True
     source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device)
-    result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, bottleneck=net.bottleneck,
+    result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task,
+                  bottleneck=net.bottleneck if net.self_cond else None,
                   **study(source, train, test, len(classes), args.t, args))
     say(table(result))
     place = result["best"]["layer"], result["best"]["t"]
