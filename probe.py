@@ -57,14 +57,14 @@ def parse(argv):
     parser.add_argument("--t", type=int, nargs="+", default=LEVELS, help=f"noise levels {LEVELS}")
     parser.add_argument("--images", type=int, help="use so many training images [all; of shapes 5,000]")
     parser.add_argument("--augment", type=int, default=0, metavar="VIEWS",
-                        help="learn from so many randomly flipped and cropped views, each extracted anew [0]")
+                        help="learn from so many randomly flipped and shifted views, each extracted anew [0]")
     parser.add_argument("--knn", action="store_true", help="also k nearest neighbours at the chosen place")
     parser.add_argument("--references", action="store_true", help="also an untrained network and the pixels")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these probed runs")
-    parser.add_argument("--seed", type=int, default=0, help="of split, noise and batches [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of split, noise and views [0]")
     parser.add_argument("--batch-size", type=int, default=500, help="images of a forward pass [500]")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[the run's --precision]")
     args = parser.parse_args(argv)
     require(bool(args.run) != bool(args.compare), "give either the folder of a run, or --compare and some.")
     require(args.task == "classify" or not args.knn, "--knn is for --task classify: leave it out.")
@@ -426,7 +426,8 @@ def compare(args):
     results = []
     for run in args.compare:
         path = Path(run, stem(args) + ".json")
-        require(path.exists(), f"{path} does not exist: make it with python probe.py {run}.")
+        require(path.exists(), f"{path} does not exist: make it with python probe.py {run}, and the same "
+                               "--task and --data.")
         try:
             results.append(json.loads(path.read_text()))
             summary(results[-1]), [max(row) for row in results[-1]["held_out"]]
