@@ -13,7 +13,6 @@ one probe is trained on the whole training set and scored, once, on the test set
 import argparse
 import json
 import math
-import platform
 import re
 import time
 from collections import namedtuple
@@ -27,8 +26,8 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from train import (Data, build, command, load_data, load_run, mix, pick_autocast, require, save_file, say,
-                   setup)
+from train import (VERSIONS, Data, build, command, load_data, load_run, mix, pick_autocast, require,
+                   save_file, say, setup)
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almost clean to hardly recognisable
@@ -120,7 +119,7 @@ def load(spec, split, task, cfg, channels):
     return Part(images, data.labels), data.classes
 
 
-def flip_and_crop(x, targets, g):
+def flip_and_shift(x, targets, g):
     """Images (n, C, S, S) and, where they are masks, targets (n, S, S): moved by up to S / 8, half flipped.
 
     What comes in at an edge is the image's reflection.
@@ -141,7 +140,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
 
     Yields rows (a slice), t, {layer: (n m, D) float32}, targets (n m,) for n images. m = 1 to classify: the
     mean over space. To segment, m = pixels of an image, drawn at random, or 0 for all of them in order: there
-    the map is upsampled. view > 0: flipped and cropped at random. learn: what probes learn from has other
+    the map is upsampled. view > 0: flipped and shifted at random. learn: what probes learn from has other
     noise than what they are scored on.
     """
     device, S = source.device, part.images.shape[-1]
@@ -151,7 +150,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
         rows = slice(start, start + args.batch_size)
         x0, targets = part.images[rows].to(device).float() / 127.5 - 1, part.targets[rows].to(device)
         if view:
-            x0, targets = flip_and_crop(x0, targets, g)
+            x0, targets = flip_and_shift(x0, targets, g)
         x0 = x0.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(x0.shape, generator=g, device=device)
         if targets.ndim == 3:
@@ -275,11 +274,14 @@ def knn(source, train, test, place, K, args):
     """Accuracy of the k nearest training images by cosine, weighted by exp(cosine / temperature)."""
     (layer, t), right = place, 0
     _, x, y = collect(source, train, [t], args, [layer])
-    x, = x.values()
-    std, mean = torch.std_mean(x[0], 0)
-    x = F.normalize((x[0] - mean) / (std + 1e-6))
+    (x,), = x.values()                              # one place
+    std, mean = torch.std_mean(x, 0)
+
+    def unit(h):                                    # standardised, of length 1
+        return F.normalize((h - mean) / (std + 1e-6))
+    x = unit(x)
     for _, _, found, targets in extract(source, test, [t], args, [layer]):
-        near, i = (F.normalize((found[layer] - mean) / (std + 1e-6)) @ x.T).topk(min(NEIGHBOURS, len(x)))
+        near, i = (unit(found[layer]) @ x.T).topk(min(NEIGHBOURS, len(x)))
         votes = torch.zeros(len(i), K, device=i.device).scatter_add_(1, y[i], (near / TEMPERATURE).exp())
         right += (votes.argmax(1) == targets).sum().item()
     return right / len(test.images)
@@ -478,8 +480,7 @@ def main(argv=None):
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     result |= dict(classes=len(classes), train_images=len(train.images), test_images=len(test.images),
                    trained_on=state["images"], seed=args.seed, augment=args.augment, device=str(device),
-                   versions=f"Python {platform.python_version()}, torch {torch.__version__}",
-                   seconds=round(time.time() - loaded, 1), memory_gb=memory)
+                   versions=VERSIONS, seconds=round(time.time() - loaded, 1), memory_gb=memory)
     run = Path(args.run)
     save_file(run / f"{stem(args)}.png", lambda file: draw_map(result, file))
     save_file(run / f"{stem(args)}.json", lambda file: file.write(json.dumps(result, indent=1).encode()))

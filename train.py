@@ -34,6 +34,7 @@ LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guida
 CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
+VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
 
 class UserError(Exception):
@@ -419,8 +420,7 @@ def train(cfg):
                              capture_output=True)
         chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
-                    versions=f"Python {platform.python_version()}, torch {torch.__version__}",
-                    commit=git.stdout.decode().strip())
+                    versions=VERSIONS, commit=git.stdout.decode().strip())
         save_file(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
         lines = log.read_text().splitlines() if state and log.exists() else [json.dumps(head)]
         lines = [x for x in lines if x[-1:] == "}" and json.loads(x).get("images", 0) <= images]

@@ -21,7 +21,7 @@ import train
 from diffusion import GaussianDiffusion, draw_shapes
 from dit_selfcond import DiT
 from probe import Part, Source
-from test_sample import error, stamps
+from test_sample import error, small_run, stamps
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -73,22 +73,10 @@ def small(tmp_path_factory):
 def folders(small, tmp_path_factory):
     """Two runs, trained for two steps: "classes", a DiT, and "free", a UNet without classes.
 
-    EMA and raw weights then get noise of their own: they differ, and no zero gate hides t or the class.
+    EMA and raw weights differ.
     """
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GaussianDiffusion, "sample", lambda self, net, noise, *args, **kwargs: noise)
-        for name, flags in dict(classes="dit", free="unet --no-conditional --schedule linear").items():
-            found[name] = tmp_path_factory.mktemp("runs") / name
-            flags = f"--model {flags} --size tiny --data shapes --images 16 --batch-size 8 --device cpu"
-            train.main([*flags.split(), "--out", str(found[name])])
-            state = torch.load(found[name] / "checkpoint.pt")
-            generator = torch.Generator().manual_seed(1)
-            for part in ("ema", "model"):
-                for value in state[part].values():
-                    value += 0.04 * torch.randn(value.shape, generator=generator)
-            torch.save(state, found[name] / "checkpoint.pt")
-    return found
+    return {name: small_run(tmp_path_factory.mktemp("runs") / name, flags, ["ema", "model"])
+            for name, flags in dict(classes="dit", free="unet --no-conditional --schedule linear").items()}
 
 
 @pytest.fixture
@@ -679,12 +667,12 @@ def test_full_disk(folders, run_probe, capsys, monkeypatch):
 
 # --- views ---
 
-def test_flip_and_crop():
+def test_flip_and_shift():
     """Half of the views are flipped, all moved by S / 8 at most, image and mask alike; edges reflect."""
     n, S = 400, 16
     masks = torch.arange(S * S).view(1, S, S).expand(n, -1, -1)
     g = torch.Generator().manual_seed(0)
-    x, moved = probe.flip_and_crop(torch.stack([masks, -masks], 1).float(), masks, g)
+    x, moved = probe.flip_and_shift(torch.stack([masks, -masks], 1).float(), masks, g)
     assert x.shape == (n, 2, S, S) and moved.shape == (n, S, S)
     assert torch.equal(x[:, 0].long(), moved) and torch.equal(x[:, 1].long(), -moved)
     plain, seen = np.arange(S * S).reshape(S, S), []
@@ -698,7 +686,7 @@ def test_flip_and_crop():
     assert {(down, right) for down, right, _ in seen} == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
     assert 0.4 < np.mean([flip for _, _, flip in seen]) < 0.6
     labels = torch.arange(n)
-    assert torch.equal(probe.flip_and_crop(x, labels, g)[1], labels), "classes stay"
+    assert torch.equal(probe.flip_and_shift(x, labels, g)[1], labels), "classes stay"
 
 
 @pytest.mark.parametrize("task", ["classify", "segment"])

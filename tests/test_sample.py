@@ -48,6 +48,25 @@ def few_shapes(n, *args, **kwargs):
     return draw_shapes(FEW, *args, **kwargs)
 
 
+def small_run(folder, flags, parts):
+    """A run on shapes, trained for two steps -> its folder.
+
+    Those parts of the checkpoint then get noise of their own, so that no zero gate hides the time, the class
+    or z.
+    """
+    flags = f"--model {flags} --size tiny --data shapes --images 16 --batch-size 8 --device cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GaussianDiffusion, "sample", lambda self, net, noise, *args, **kwargs: noise)
+        train.main([*flags.split(), "--out", str(folder)])
+    state = torch.load(folder / "checkpoint.pt")
+    generator = torch.Generator().manual_seed(1)
+    for part in parts:
+        for value in state[part].values():
+            value += 0.04 * torch.randn(value.shape, generator=generator)
+    torch.save(state, folder / "checkpoint.pt")
+    return folder
+
+
 def stamps(folder):
     """Name and time of every file of a folder."""
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
@@ -55,24 +74,12 @@ def stamps(folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two runs, trained for two steps: "classes", a UNet, and "free", a DiT without classes.
-
-    Their EMA weights then get noise, so that no zero gate hides the time, the class or z.
-    """
-    found = {}
+    """Two runs, trained for two steps: "classes", a UNet, and "free", a DiT without classes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_shapes", few_shapes)
-        patch.setattr(GaussianDiffusion, "sample", lambda self, net, noise, *args, **kwargs: noise)
-        for name, flags in dict(classes="unet", free="dit --no-conditional --schedule linear").items():
-            found[name] = tmp_path_factory.mktemp("runs") / name
-            flags = f"--model {flags} --size tiny --data shapes --images 16 --batch-size 8 --device cpu"
-            train.main([*flags.split(), "--out", str(found[name])])
-            state = torch.load(found[name] / "checkpoint.pt")
-            generator = torch.Generator().manual_seed(1)
-            for value in state["ema"].values():
-                value += 0.04 * torch.randn(value.shape, generator=generator)
-            torch.save(state, found[name] / "checkpoint.pt")
-    return found
+        runs = dict(classes="unet", free="dit --no-conditional --schedule linear")
+        return {name: small_run(tmp_path_factory.mktemp("runs") / name, flags, ["ema"])
+                for name, flags in runs.items()}
 
 
 @pytest.fixture
