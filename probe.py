@@ -6,16 +6,17 @@
     python probe.py --compare runs/A runs/B                  layer curves of probed runs in one picture
 
 Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers.
-They are averaged over space (to segment: upsampled to the pixels) and whitened, and one linear layer learns
-to tell the classes from them. Layer and t are chosen on a tenth of the training set, which is held out; then
-one probe is trained on the whole training set and scored, once, on the test set.
+They are averaged over space (to segment: upsampled to the pixels) and standardised, and one linear layer
+learns to tell the classes from them. Layer, t and the penalty on the weights are chosen on a tenth of the
+training set, which is held out; then one probe is trained on the whole training set and scored, once, on the
+test set.
 """
 import argparse
 import json
 import math
 import re
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +32,16 @@ from train import (VERSIONS, Data, build, command, load_data, load_run, mix, pic
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almost clean to hardly recognisable
-STEPS, BATCH, LR, DECAY = 500, 2048, 3e-2, 1e-2     # of a probe: AdamW, cosine decay of the rate to 0
-RIDGE = 1e-4                                        # added to the correlations that whitening divides by
-PIXELS = 64_000                                     # a dense probe learns from so many pixels, at random
+PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]          # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
+ITERATIONS, DAMPING = 30, 1e-4                      # of a probe, per penalty; see fit
+PIXELS = 32_000                                     # dense probes learn from about so many, drawn at random
 VOID = 255                                          # in masks: no class
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
 NEIGHBOURS, TEMPERATURE = 20, 0.07                  # of --knn, as in DINO (arXiv 2104.14294)
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
          person pottedplant sheep sofa train tvmonitor""".split()
 
-# what is probed: images (N, C, S, S) uint8; targets (N,) classes, or (N, S, S) classes of pixels; int64
+# what is probed: images (N, C, S, S) uint8; targets (N,) classes, or (N, S, S) classes of pixels
 Part = namedtuple("Part", "images targets")
 # and with what: net(x, t, return_features=True), its diffusion, where and how it runs
 Source = namedtuple("Source", "net diffusion autocast device")
@@ -56,14 +57,14 @@ def parse(argv):
     parser.add_argument("--t", type=int, nargs="+", default=LEVELS, help=f"noise levels {LEVELS}")
     parser.add_argument("--images", type=int, help="use so many training images [all; of shapes 5,000]")
     parser.add_argument("--augment", type=int, default=0, metavar="VIEWS",
-                        help="learn from so many randomly flipped and shifted views, each extracted anew [0]")
+                        help="learn from so many randomly flipped and shifted views of each image [0]")
     parser.add_argument("--knn", action="store_true", help="also k nearest neighbours at the chosen place")
     parser.add_argument("--references", action="store_true", help="also an untrained network and the pixels")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these probed runs")
-    parser.add_argument("--seed", type=int, default=0, help="of split, noise and views [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of held-out part, noise, views, pixels [0]")
     parser.add_argument("--batch-size", type=int, default=500, help="images of a forward pass [500]")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[the run's --precision]")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[that of the training]")
     args = parser.parse_args(argv)
     require(bool(args.run) != bool(args.compare), "give either the folder of a run, or --compare and some.")
     require(args.task == "classify" or not args.knn, "--knn is for --task classify: leave it out.")
@@ -71,7 +72,6 @@ def parse(argv):
         value = getattr(args, name)
         require(value is None or value >= least,
                 f"--{name.replace('_', '-')} {value} is not possible: use {least} or more.")
-    require(args.augment <= STEPS, f"--augment {args.augment} is more than the {STEPS} steps: use fewer.")
     args.t = sorted(set(args.t))
     return args
 
@@ -112,7 +112,7 @@ def load(spec, split, task, cfg, channels):
         require(data.masks is not None,
                 f"--task segment needs masks, {spec} has none: use --data shapes:full or voc.")
         classes = data.classes if spec == "voc" else ["background", *data.classes]
-        return Part(images, data.masks.long()), classes
+        return Part(images, data.masks), classes
     require(data.labels is not None, f"{spec} has no class per image: use --task segment.")
     require(len(data.classes) > 1, f"{spec} has one class, {data.classes[0]}: probes need two or more, "
                                    "sort the images into train/<class>/ and test/<class>/.")
@@ -136,24 +136,24 @@ def flip_and_shift(x, targets, g):
 
 @torch.no_grad()
 def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=False):
-    """Features of a part, batch by batch and level by level, all layers from one forward pass.
+    """Features of a part: batch by batch, level by level; all layers of a level from one forward pass.
 
-    Yields rows (a slice), t, {layer: (n m, D) float32}, targets (n m,) for n images. m = 1 to classify: the
-    mean over space. To segment, m = pixels of an image, drawn at random, or 0 for all of them in order: there
-    the map is upsampled. view > 0: flipped and shifted at random. learn: what probes learn from has other
-    noise than what they are scored on.
+    Yields layer, t, h (n m, D) float32 and targets (n m,) int64 for n images. m = 1 to classify: the mean
+    over space. To segment, m = pixels of an image, drawn at random, or 0 for all of them in order: there the
+    map is upsampled. view > 0: flipped and shifted at random. learn: what probes learn from has other noise
+    than what they are scored on.
     """
-    device, S = source.device, part.images.shape[-1]
+    device, S, dense = source.device, part.images.shape[-1], part.targets.ndim == 3
     starts, what = range(0, len(part.images), args.batch_size), "features" if learn else "scoring"
     for start in tqdm(starts, what, unit="batch", leave=False):
-        g = torch.Generator(device).manual_seed(mix(args.seed, view, start, learn))
-        rows = slice(start, start + args.batch_size)
-        x0, targets = part.images[rows].to(device).float() / 127.5 - 1, part.targets[rows].to(device)
+        g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, learn))
+        x0, targets = (rows[start:start + args.batch_size].to(device) for rows in part)
+        x0, targets = x0.float() / 127.5 - 1, targets.long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)
         x0 = x0.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(x0.shape, generator=g, device=device)
-        if targets.ndim == 3:
+        if dense:
             p = torch.arange(S * S, device=device).expand(len(x0), -1)        # (n, m) places, row by row
             if pixels:
                 p = torch.randint(S * S, (len(x0), pixels), generator=g, device=device)
@@ -163,125 +163,109 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
             ts = torch.full((len(x0),), t, device=device)
             with source.autocast():
                 feats = source.net(source.diffusion.add_noise(x0, ts, noise), ts, return_features=True)[1]
-            found = {}
             for name in layers or feats:
                 h = feats[name].float()                                       # (n, D, h, w)
-                if part.targets.ndim == 3:                                    # F.interpolate, but at p only
-                    h = F.grid_sample(h, grid, padding_mode="border", align_corners=False)
-                    found[name] = h[..., 0].transpose(1, 2).flatten(0, 1)     # (n, D, m, 1) -> (n m, D)
+                if dense:                                                     # F.interpolate, but at p only
+                    edge = 1 - 1 / h.shape[-1]                                # the centres of the outer cells
+                    h = F.grid_sample(h, grid.clamp(-edge, edge), align_corners=False)
+                    h = h[..., 0].transpose(1, 2).flatten(0, 1)               # (n, D, m, 1) -> (n m, D)
                 else:
-                    found[name] = h.mean((2, 3))
-            yield rows, t, found, targets
+                    h = h.mean((2, 3))
+                yield name, t, h, targets
 
 
-def collect(source, part, levels, args, layers=None, view=0):
-    """The features to learn from -> {D: places}, {D: (P, N, D) float32}, targets (N,), on the device.
-
-    A place is a pair (layer, t); those of layers of the same width D lie side by side. Raises UserError if
-    the features do not fit into the memory of a GPU.
-    """
+def collect(source, part, levels, args, layers=None):
+    """What probes learn from -> {(layer, t): features (N, D) float32}, targets (N,); on the device."""
     m = max(1, PIXELS // len(part.images)) if part.targets.ndim == 3 else 1
-    N, places, x, y = len(part.images) * m, {}, {}, []
-    for rows, t, found, targets in extract(source, part, levels, args, layers, view, m, learn=True):
-        if not x:
-            for D in sorted({h.shape[1] for h in found.values()}):
-                places[D] = [(name, t) for name, h in found.items() if h.shape[1] == D for t in levels]
-            size = sum(4 * N * D * len(where) for D, where in places.items())
-            free = torch.cuda.mem_get_info()[0] if source.device.type == "cuda" else size
-            require(size <= free, f"the features need {size / 1e9:.0f} GB, {source.device} has "
-                                  f"{free / 1e9:.0f}: use fewer --images or fewer levels --t.")
-            x = {D: torch.empty(len(where), N, D, device=source.device) for D, where in places.items()}
-            index = {place: (D, i) for D, where in places.items() for i, place in enumerate(where)}
-        for name, h in found.items():
-            D, i = index[name, t]
-            x[D][i, rows.start * m:rows.start * m + len(h)] = h
-        if t == levels[0]:
-            y.append(targets)
-    return places, x, torch.cat(y)
+    found, y = defaultdict(list), []
+    for view in range(1, args.augment + 1) if args.augment else [0]:
+        for layer, t, h, targets in extract(source, part, levels, args, layers, view, m, learn=True):
+            found[layer, t].append(h)
+            if (layer, t) == next(iter(found)):
+                y.append(targets)
+    return {place: torch.cat(found.pop(place)) for place in list(found)}, torch.cat(y)
 
 
 # --- probes ---
 
-def whitening(h):
-    """Features (N, D) -> mean (D,), M (D, D): (h - mean) @ M is standardised, and without correlations.
+def fit(features, y, K, penalties):
+    """Trains a linear layer for every place and penalty -> for every place {penalty: (W (K, D), b (K,))}.
 
-    A linear layer can say the same before and after. But features are so correlated (condition numbers up to
-    8 million were seen) that on merely standardised ones 2,000 steps of AdamW ended up to 15 points below the
-    best linear layer, in some layers more than in others.
+    features: of P places, each (N, D); y: (N,) classes, where VOID teaches nothing. Minimises cross-entropy
+    + penalty / 2 |W|^2 on standardised features by gradient descent on all of them, accelerated (Nesterov
+    1983); one batched matrix product serves all places. Features are so correlated (condition numbers up to
+    8 million were seen) that AdamW stopped up to 15 points below the best linear layer, in some layers more
+    than in others. So the inverse of a bound on the curvature takes the place of a learning rate, like in
+    Boehning (1992): for an image with probabilities p, the Hessian of the cross-entropy is at most
+    (1 - |p|^2) x x^T. Each penalty starts from the probes of the one before; let them fall. Raises UserError.
     """
-    std, mean = torch.std_mean(h, 0)
-    z = (h - mean) / (std + 1e-6)
-    L = torch.linalg.cholesky(z.T @ z / len(z) + RIDGE * torch.eye(len(mean), device=h.device))
-    return mean, torch.linalg.inv(L).T / (std + 1e-6)[:, None]
+    moments = [torch.std_mean(h, 0) for h in features]
+    require(all(mean.isfinite().all() for _, mean in moments), "the features have values that are not "
+            "finite: the network's weights are damaged, or its --precision is too low.")
+    moments = [(std + 1e-6, mean) for std, mean in moments]
+    x = torch.stack([F.pad(((h - mean) / std).T, (0, 0, 0, 1), value=1.0)     # (P, D + 1, N): 1 for the bias
+                     for h, (std, mean) in zip(features, moments)])
+    truth = F.one_hot(y.clamp(max=K - 1), K).T.float()                        # (K, N)
+    share = (y != VOID) / (y != VOID).sum()                                   # (N,), of the mean
+    W, found = x.new_zeros(len(x), K, x.shape[1]), [{} for _ in features]
+    ridge = torch.ones(x.shape[1], device=x.device)
+    ridge[-1] = 0                                                             # no penalty on the bias
+    bar = tqdm(total=len(penalties) * ITERATIONS, desc="probes", unit="step", leave=False)
+    for penalty in penalties:
+        bound = share * (1 - (W @ x).softmax(1).square().sum(1))              # (P, N)
+        curvature = torch.stack([(h * w) @ h.T for h, w in zip(x, bound)])
+        rate = torch.linalg.inv(curvature + torch.diag(penalty * ridge + DAMPING))
+        ahead = W
+        for k in range(ITERATIONS):
+            error = (ahead @ x).softmax(1).sub_(truth).mul_(share)            # (P, K, N)
+            last, W = W, ahead - (error @ x.mT + penalty * ridge * ahead) @ rate
+            ahead = W + k / (k + 3) * (W - last)
+            bar.update()
+        for probes, V, (std, mean) in zip(found, W, moments):                 # for features as they came
+            raw = V[:, :-1] / std
+            probes[penalty] = raw, V[:, -1] - raw @ mean
+    bar.close()
+    return found
 
 
-def fit(views, K, args):
-    """Trains a linear layer for every place at once -> {(layer, t): (W (D, K), b (K,))} for raw features.
-
-    views: what collect returns, in random order, once or for every view of --augment; the features are
-    whitened in place. A step is one batched matrix product per width; the probes share its images and nothing
-    else.
-    """
-    done = 0
-    for places, x, y in views:
-        if not done:
-            whiten = {D: [whitening(features) for features in h] for D, h in x.items()}
-            W, b = ({D: torch.zeros(len(h), rows or D, K, device=y.device, requires_grad=True)
-                     for D, h in x.items()} for rows in (0, 1))               # (P, D, K) and (P, 1, K)
-            optimizer = torch.optim.AdamW([*W.values(), *b.values()], weight_decay=DECAY)
-        for D, h in x.items():
-            for features, (mean, M) in zip(h, whiten[D]):
-                features.copy_((features - mean) @ M)
-        parts = max(1, len(y) // BATCH)                                       # of the data, one a step
-        for _ in tqdm(range(STEPS // max(1, args.augment)), "probes", unit="step", leave=False):
-            optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * done / STEPS)) / 2
-            i = slice(done % parts * len(y) // parts, (done % parts + 1) * len(y) // parts)
-            loss = 0
-            for D, h in x.items():
-                logits = torch.baddbmm(b[D], h[:, i], W[D]).flatten(0, 1)     # (P, B, K) -> (P B, K)
-                loss = loss + len(h) * F.cross_entropy(logits, y[i].repeat(len(h)), ignore_index=VOID)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-    probes = {}
-    for D, where in places.items():                 # on raw features x: ((x - mean) M) W + b = x (M W) + ...
-        for i, (place, (mean, M)) in enumerate(zip(where, whiten[D])):
-            raw = M @ W[D][i].detach()
-            probes[place] = raw, b[D][i, 0].detach() - mean @ raw
+def learn(source, part, K, levels, penalties, args, layers=None):
+    """-> {(layer, t): {penalty: (W, b)}}; the probes of all layers of one width are trained at once."""
+    (features, y), probes = collect(source, part, levels, args, layers), {}
+    for D in {h.shape[1] for h in features.values()}:
+        places = [place for place, h in features.items() if h.shape[1] == D]
+        probes |= zip(places, fit([features.pop(place) for place in places], y, K, penalties))
     return probes
 
 
 def score(probes, K, source, part, levels, args, layers=None):
-    """-> {(layer, t): dict(accuracy=, miou=)}, of images or, where targets are masks, of all their pixels."""
-    counts = {}                                     # confusion matrices (K, K): what it is, what was said
-    for _, t, found, targets in extract(source, part, levels, args, layers):
+    """-> {(layer, t, penalty): dict(accuracy=, miou=)}, of images or, by masks, of all their pixels."""
+    counts = defaultdict(int)                       # confusion matrices (K, K): what it is, what was said
+    for layer, t, h, targets in extract(source, part, levels, args, layers):
         known = targets != VOID
-        for name, h in found.items():
-            W, b = probes[name, t]
-            said = (h @ W + b).argmax(1)
-            count = torch.bincount((targets * K + said)[known], minlength=K * K).view(K, K)
-            counts[name, t] = counts.get((name, t), 0) + count
+        for penalty, (W, b) in probes[layer, t].items():
+            pairs = (targets * K + F.linear(h, W, b).argmax(1))[known]
+            counts[layer, t, penalty] += torch.bincount(pairs, minlength=K * K).view(K, K)
     result = {}
     for place, count in counts.items():
-        right, union = count.diag(), count.sum(0) + count.sum(1) - count.diag()
+        right, there = count.diag(), count.sum(1)
+        ious = right / (there + count.sum(0) - right)
         result[place] = dict(accuracy=(right.sum() / count.sum()).item(),
-                             miou=(right / union)[union > 0].mean().item())   # classes that occur or are said
+                             miou=ious[there > 0].mean().item())              # of the classes that occur
     return result
 
 
 def knn(source, train, test, place, K, args):
     """Accuracy of the k nearest training images by cosine, weighted by exp(cosine / temperature)."""
     (layer, t), right = place, 0
-    _, x, y = collect(source, train, [t], args, [layer])
-    (x,), = x.values()                              # one place
+    features, y = collect(source, train, [t], args, [layer])
+    x = features[place]
     std, mean = torch.std_mean(x, 0)
 
     def unit(h):                                    # standardised, of length 1
         return F.normalize((h - mean) / (std + 1e-6))
     x = unit(x)
-    for _, _, found, targets in extract(source, test, [t], args, [layer]):
-        near, i = (unit(found[layer]) @ x.T).topk(min(NEIGHBOURS, len(x)))
+    for _, _, h, targets in extract(source, test, [t], args, [layer]):
+        near, i = (unit(h) @ x.T).topk(min(NEIGHBOURS, len(x)))
         votes = torch.zeros(len(i), K, device=i.device).scatter_add_(1, y[i], (near / TEMPERATURE).exp())
         right += (votes.argmax(1) == targets).sum().item()
     return right / len(test.images)
@@ -289,24 +273,24 @@ def knn(source, train, test, place, K, args):
 
 def study(source, train, test, K, levels, args):
     """The protocol of this file's first lines, train in random order -> dict for probe.json."""
-    def learn(part, levels, layers=None):
-        views = range(1, args.augment + 1) if args.augment else [0]
-        return fit((collect(source, part, levels, args, layers, view) for view in views), K, args)
     n = len(train.images) // 10
     held, part = Part(train.images[:n], train.targets[:n]), Part(train.images[n:], train.targets[n:])
     metric = "miou" if args.task == "segment" else "accuracy"
-    scores = score(learn(part, levels), K, source, held, levels, args)
-    layers = list(dict.fromkeys(layer for layer, _ in scores))
-    layer, t = best = max(scores, key=lambda place: scores[place][metric])
-    final = score(learn(train, [t], [layer]), K, source, test, [t], args, [layer])[best]
-    table = [[round(scores[name, level][metric], 5) for level in levels] for name in layers]
+    scores = score(learn(source, part, K, levels, PENALTIES, args), K, source, held, levels, args)
+    layer, t, penalty = best = max(scores, key=lambda probe: scores[probe][metric])
+    some = PENALTIES[:PENALTIES.index(penalty) + 1]                           # the way there, as before
+    probes = learn(source, train, K, [t], some, args, [layer])
+    final = score(probes, K, source, test, [t], args, [layer])[best]
+    layers = list(dict.fromkeys(layer for layer, _, _ in scores))
+    table = [[round(max(scores[name, t, penalty][metric] for penalty in PENALTIES), 5) for t in levels]
+             for name in layers]
     return dict(metric=metric, layers=layers, levels=levels, held_out=table,
-                best=dict(layer=layer, t=t, **scores[best]), test=final)
+                best=dict(layer=layer, t=t, penalty=penalty, **scores[best]), test=final)
 
 
 def references(cfg, state, source, train, test, K, args):
-    """The same study of an untrained network, and of the pixels themselves."""
-    torch.manual_seed(mix(args.seed))
+    """The same study of the network as it was before training, and of the pixels themselves."""
+    torch.manual_seed(mix(cfg.seed))
     net = build(cfg, state["channels"], state["num_classes"])[0].to(source.device).eval()
 
     def pixels(x, t, return_features):              # to classify: all of them in a row, at most 32 x 32
@@ -435,16 +419,16 @@ def compare(args):
             summary(results[-1]), [max(row) for row in results[-1]["held_out"]]
         except (KeyError, TypeError, ValueError) as e:
             require(False, f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
+    known = sorted({result["data"] for result in results})
+    require(len(known) == 1, f"these runs were probed on different data, {', '.join(known)}: probe them with "
+                             "the same --data, and compare with it.")
     path = Path(args.compare[0], stem(args) + "-compare.png")
     save_file(path, lambda file: draw_curves(results, file))
     say("\n".join([*map(summary, results), f"curves: {path}"]))
 
 
-@command
-def main(argv=None):
-    args = parse(argv)
-    if args.compare:
-        return compare(args)
+def probe_run(args):
+    """Loads a run and its data, follows the protocol, says and writes what came out. Raises UserError."""
     device, _, world = setup(args.device)
     require(world == 1, "probe.py runs in one process: start it with python, without torchrun.")
     state, net, diffusion = load_run(args.run, device)
@@ -454,38 +438,50 @@ def main(argv=None):
     start = time.time()
     train, classes = load(spec, "train", args.task, cfg, state["channels"])
     test, _ = load(spec, "test", args.task, cfg, state["channels"])
-    most = min(args.images or (SOME_SHAPES if spec.startswith("shapes") else math.inf), len(train.images))
-    least = max(10, len(classes) if args.task == "classify" else 0)         # so that a tenth is an image
-    require(most >= least,
-            f"{most} training images of {len(classes)} classes are too few: use {least} or more.")
-    some = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(mix(args.seed)))[:most]
-    train = Part(train.images[some], train.targets[some])
-    loaded = time.time()
+    K, N = len(classes), len(train.images)
+    most = min(args.images or (SOME_SHAPES if spec.startswith("shapes") else N), N)
+    least = max(10, K if args.task == "classify" else 0)                      # so that a tenth is an image
+    require(most >= least, f"{most} training images of {K} classes are too few: use {least} or more.")
+    some = torch.randperm(N, generator=torch.Generator().manual_seed(mix(args.seed, 0)))[:most]
+    train = Part(*(rows[some] for rows in train))
+    loaded, file = time.time(), Path(args.run, stem(args))
     torch.backends.cudnn.benchmark = True
     source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device)
-    result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task,
-                  bottleneck=net.bottleneck if net.self_cond else None,
-                  **study(source, train, test, len(classes), args.t, args))
+    result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, classes=K,
+                  bottleneck=net.bottleneck if net.self_cond else None, train_images=most,
+                  test_images=len(test.images), trained_on=state["images"], seed=args.seed,
+                  augment=args.augment, device=str(device), versions=VERSIONS)
+
+    def write(found):
+        result.update(found, seconds=round(time.time() - loaded, 1))
+        if device.type == "cuda":
+            result["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        save_file(Path(f"{file}.png"), lambda file: draw_map(result, file))
+        save_file(Path(f"{file}.json"), lambda file: file.write(json.dumps(result, indent=1).encode()))
+    write(study(source, train, test, K, args.t, args))
     say(table(result))
-    place = result["best"]["layer"], result["best"]["t"]
     if args.knn:
-        result["knn"] = knn(source, train, test, place, len(classes), args)
+        place = result["best"]["layer"], result["best"]["t"]
+        write(dict(knn=knn(source, train, test, place, K, args)))
         say(f"{NEIGHBOURS} nearest neighbours there: test {100 * result['knn']:.1f} %")
     say(summary(result))
     if args.references:
-        result["references"] = references(cfg, state, source, train, test, len(classes), args)
+        write(dict(references=references(cfg, state, source, train, test, K, args)))
         for name, reference in result["references"].items():
             beaten = result["test"][result["metric"]] > reference["test"][result["metric"]]
             say(summary(dict(reference, run=name)) + "; NOT BEATEN by this run" * (not beaten))
-    memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    result |= dict(classes=len(classes), train_images=len(train.images), test_images=len(test.images),
-                   trained_on=state["images"], seed=args.seed, augment=args.augment, device=str(device),
-                   versions=VERSIONS, seconds=round(time.time() - loaded, 1), memory_gb=memory)
-    run = Path(args.run)
-    save_file(run / f"{stem(args)}.png", lambda file: draw_map(result, file))
-    save_file(run / f"{stem(args)}.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    say(f"{loaded - start:.0f} s to load {len(train.images):,} + {len(test.images):,} images, "
-        f"{result['seconds']:.0f} s to probe; results: {run / stem(args)}.json and .png")
+    say(f"{loaded - start:.0f} s to load {most:,} + {len(test.images):,} images, "
+        f"{result['seconds']:.0f} s to probe; results: {file}.json and .png")
+
+
+@command
+def main(argv=None):
+    args = parse(argv)
+    try:
+        compare(args) if args.compare else probe_run(args)
+    except torch.OutOfMemoryError:
+        require(False, "the memory of the GPU is too small for this: use fewer --images or levels --t, or a "
+                       "smaller --batch-size.")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def identities(part):
 
 def accuracy(W, b, x, y):
     """Of a linear layer, in percent, computed in float64."""
-    return 100 * ((x.double() @ W.double() + b.double()).argmax(1) == y).double().mean().item()
+    said = F.linear(x.double(), W.double(), b.double()).argmax(1)
+    return 100 * (said == y).double().mean().item()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,11 +82,11 @@ def folders(small, tmp_path_factory):
 
 @pytest.fixture
 def run_probe(folders, monkeypatch):
-    """run_probe(run, flags) -> result that it wrote, of probes that learn for 20 steps only."""
+    """run_probe(run, flags) -> result that it wrote, of probes that learn for 5 steps a penalty only."""
     def run_probe(run, flags="", name="probe"):
         file = folders[run] / f"{name}.json"
         file.unlink(missing_ok=True)
-        monkeypatch.setattr(probe, "STEPS", 20)
+        monkeypatch.setattr(probe, "ITERATIONS", 5)
         monkeypatch.setattr(probe, "PIXELS", 4_000)
         probe.main([str(folders[run]), "--device", "cpu", "--t", "10", "300", *flags.split()])
         return json.loads(file.read_text())
@@ -153,14 +154,12 @@ def frozen():
     return {("a", 1): draw(16, 1), ("b", 1): draw(16, 2), ("a", 2): draw(24, 3), ("b", 2): draw(24, 4)}, y
 
 
-def fit(frozen, places):
-    """probe.fit at some places at once."""
-    x, y = frozen
-    widths = {D: [place for place in places if x[place].shape[1] == D] for D in (16, 24)}
-    widths = {D: places for D, places in widths.items() if places}
-    views = [(widths, {D: torch.stack([x[place][:LEARN] for place in some]) for D, some in widths.items()},
-              y[:LEARN])]
-    return probe.fit(views, CLASSES, options())
+def fit(frozen, places, penalties=tuple(probe.PENALTIES), n=LEARN):
+    """probe.learn at some places, of both widths, from the first n rows -> {place: {penalty: (W, b)}}."""
+    with pytest.MonkeyPatch.context() as patch:
+        features = {place: frozen[0][place][:n].clone() for place in places}
+        patch.setattr(probe, "collect", lambda *args: (features, frozen[1][:n]))
+        return probe.learn(None, None, CLASSES, None, penalties, None)
 
 
 @pytest.fixture(scope="module")
@@ -168,27 +167,60 @@ def fitted(frozen):
     return fit(frozen, list(frozen[0]))
 
 
-@pytest.mark.parametrize("place", [("a", 1), ("b", 1), ("a", 2), ("b", 2)])
-def test_fit_is_converged(frozen, fitted, place):
-    """A probe is as accurate, within 0.3 points, as one alone that a plain loop trains to convergence."""
-    x, y = frozen[0][place].double(), frozen[1]
-    mean, R = x[:LEARN].mean(0), torch.linalg.qr(x[:LEARN] - x[:LEARN].mean(0))[1]
-    z = (x - mean) @ torch.linalg.inv(R) * LEARN ** 0.5                     # the same to a linear layer
-    W = torch.zeros(z.shape[1], CLASSES, dtype=torch.float64, requires_grad=True)
+def optimum(x, y, penalty):
+    """The linear layer that a plain loop in float64 trains to convergence on standardised x (N, D).
+
+    -> W (K, D), b (K,), loss. The penalty is penalty / 2 |W|^2; the loop runs in whitened coordinates.
+    """
+    R = torch.linalg.inv(torch.linalg.cholesky(x.T @ x / len(x) + penalty * torch.eye(x.shape[1])))
+    V = torch.zeros(CLASSES, x.shape[1], dtype=torch.float64, requires_grad=True)
     b = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=300, history_size=50, line_search_fn="strong_wolfe",
+    optimizer = torch.optim.LBFGS([V, b], max_iter=600, history_size=50, line_search_fn="strong_wolfe",
                                   tolerance_grad=1e-8, tolerance_change=0)
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(z[:LEARN] @ W + b, y[:LEARN])
+        value = F.cross_entropy(F.linear(x, V @ R, b), y) + penalty / 2 * (V @ R).square().sum()
         value.backward()
         return value
     optimizer.step(loss)
-    assert W.grad.abs().max() < 1e-6, "the loop has not converged"
-    best = accuracy(W.detach(), b.detach(), z[LEARN:], y[LEARN:])
-    assert 70 < best < 95
-    assert abs(accuracy(*fitted[place], frozen[0][place][LEARN:], y[LEARN:]) - best) < 0.3
+    assert V.grad.abs().max() < 1e-6, "the loop has not converged"
+    return (V @ R).detach(), b.detach(), loss().item()
+
+
+@pytest.mark.parametrize("penalty", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("place", [("a", 1), ("b", 1), ("a", 2), ("b", 2)])
+def test_fit_is_converged(frozen, fitted, place, penalty):
+    """A probe is as good, within 0.3 points, as one alone that a plain loop trains to convergence.
+
+    Its loss, penalty included, is the same, too.
+    """
+    raw, y = frozen[0][place].double(), frozen[1]
+    std, mean = torch.std_mean(raw[:LEARN], 0)
+    x = (raw - mean) / std
+    W, b, loss = optimum(x[:LEARN], y[:LEARN], penalty)
+    best = accuracy(W, b, x[LEARN:], y[LEARN:])
+    assert 70 < best < 95 or penalty == 1e-2
+    mine, bias = (value.double() for value in fitted[place][penalty])
+    assert abs(accuracy(mine, bias, raw[LEARN:], y[LEARN:]) - best) < 0.3
+    got = F.cross_entropy(F.linear(raw, mine, bias)[:LEARN], y[:LEARN])
+    assert abs(got + penalty / 2 * (mine * std).square().sum() - loss) < 1e-2 * loss
+
+
+@pytest.mark.parametrize("n", [20, 40, 400])
+def test_few_images(frozen, n):
+    """Also where images are fewer than features (24), a probe becomes what the loop finds.
+
+    There, all are told apart without error: without a penalty the weights would grow for ever.
+    """
+    raw, y = frozen[0]["a", 2].double(), frozen[1]
+    std, mean = torch.std_mean(raw[:n], 0)
+    x = (raw - mean) / std
+    probes = fit(frozen, [("a", 2)], n=n)["a", 2]
+    assert all(value.isfinite().all() for pair in probes.values() for value in pair)
+    for penalty, close in {1e-2: 0.3, 1e-3: 2}.items():
+        best = accuracy(*optimum(x[:n], y[:n], penalty)[:2], x[LEARN:], y[LEARN:])
+        assert abs(accuracy(*probes[penalty], raw[LEARN:], y[LEARN:]) - best) < close, penalty
 
 
 def test_fit_like_sklearn(frozen, fitted):
@@ -196,27 +228,55 @@ def test_fit_like_sklearn(frozen, fitted):
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = frozen[0]["a", 2].double().numpy(), frozen[1].numpy()
     std, mean = x[:LEARN].std(0), x[:LEARN].mean(0)
-    x = (x - mean) / std
-    other = linear_model.LogisticRegression(C=1e4, max_iter=3000).fit(x[:LEARN], y[:LEARN])
-    best = 100 * other.score(x[LEARN:], y[LEARN:])
-    assert abs(accuracy(*fitted["a", 2], frozen[0]["a", 2][LEARN:], frozen[1][LEARN:]) - best) < 0.3
+    x, raw = (x - mean) / std, frozen[0]["a", 2][LEARN:]
+    for penalty in (1e-3, 1e-5):
+        other = linear_model.LogisticRegression(C=1 / (penalty * LEARN), max_iter=3000)
+        best = 100 * other.fit(x[:LEARN], y[:LEARN]).score(x[LEARN:], y[LEARN:])
+        assert abs(accuracy(*fitted["a", 2][penalty], raw, frozen[1][LEARN:]) - best) < 0.3
 
 
 @pytest.mark.parametrize("place", [("b", 1), ("a", 2)])
 def test_alone_as_among_many(frozen, fitted, place):
-    """Probes that learn at once share the images of a step and nothing else: alone, each becomes the same."""
-    for mine, among in zip(fit(frozen, [place])[place], fitted[place]):
-        assert mine.shape == among.shape and error(mine, among) < 2e-3 * among.abs().max().item()
+    """Probes that learn at once share the images and nothing else: alone, each becomes the same."""
+    for penalty, alone in fit(frozen, [place])[place].items():
+        for mine, among in zip(alone, fitted[place][penalty]):
+            assert mine.shape == among.shape and error(mine, among) < 2e-3 * among.abs().max().item()
 
 
-def test_whitening():
-    """Whitened features have mean 0, standard deviation 1 and no correlations."""
+def test_dead_features():
+    """Features that are the same for all images do no harm."""
     g = torch.Generator().manual_seed(0)
-    correlate = torch.eye(12) + 0.3 * torch.rand(12, 12, generator=g)
-    x = torch.randn(4000, 12, generator=g) @ correlate * torch.logspace(-3, 3, 12) + 5
-    mean, M = probe.whitening(x)
-    z = ((x - mean) @ M).double()
-    assert z.mean(0).abs().max() < 1e-2 and error(z.T @ z / len(z), torch.eye(12)) < 0.02
+    y = torch.arange(300) % 3
+    x = torch.cat([F.one_hot(y, 3) + 0.1 * torch.randn(300, 3, generator=g), torch.full((300, 2), 7.0)], 1)
+    for W, b in probe.fit([x], y, 3, probe.PENALTIES)[0].values():
+        assert W.isfinite().all() and accuracy(W, b, x, y) > 99
+
+
+def test_correlated_features():
+    """1,500 features that are all but mixtures of 4 are no harder: rounding makes no probe diverge."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(3000) % 3
+    few = torch.cat([F.one_hot(y, 3) + 0.4 * torch.randn(3000, 3, generator=g),
+                     3 * torch.randn(3000, 1, generator=g)], 1)
+    x = few @ torch.randn(4, 1500, generator=g) + 1e-4 * torch.randn(3000, 1500, generator=g)
+    best = accuracy(*probe.fit([few], y, 3, [1e-6])[0][1e-6], few, y)
+    for W, b in probe.fit([x], y, 3, probe.PENALTIES)[0].values():
+        assert abs(accuracy(W, b, x, y) - best) < 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_network(folders, capsys, monkeypatch, value):
+    """Features that are not finite are one sentence; nothing is written."""
+    before, real = stamps(folders["classes"]), probe.load_run
+
+    def damaged(*args):
+        state, net, diffusion = real(*args)
+        next(net.parameters()).data[:] = value
+        return state, net, diffusion
+    monkeypatch.setattr(probe, "load_run", damaged)
+    line = refused(capsys, [str(folders["classes"]), "--device", "cpu", "--t", "10"])
+    assert "not finite" in line and "--precision" in line
+    assert stamps(folders["classes"]) == before
 
 
 def test_void_is_not_learned(monkeypatch):
@@ -225,10 +285,11 @@ def test_void_is_not_learned(monkeypatch):
     y = torch.arange(900) % 3
     x = F.one_hot(y, 3) + 0.1 * torch.randn(900, 3, generator=g)
     known = y.clone()
-    y[::2] = probe.VOID
-    monkeypatch.setattr(probe, "STEPS", 100)
-    W, b = probe.fit([({3: [("a", 1)]}, {3: x[None].clone()}, y)], 3, options())["a", 1]
-    assert W.shape == (3, 3) and accuracy(W, b, x, known) > 99
+    y[::2], x[::2] = probe.VOID, x[::2].roll(1, 1)
+    (found,) = probe.fit([x], y, 3, probe.PENALTIES)
+    assert list(found) == probe.PENALTIES
+    for W, b in found.values():
+        assert W.shape == (3, 3) and b.shape == (3,) and accuracy(W, b, x[1::2], known[1::2]) > 99
 
 
 # --- features ---
@@ -244,10 +305,12 @@ def test_features(folders, run_probe, spied, noisings, run):
     net_class = train.MODELS[cfg.model]
     abar = GaussianDiffusion(schedule=cfg.schedule).abar.double()
     x0 = call.part.images.double() / 127.5 - 1
-    for (rows, t, found, targets), n in zip(call.given, (10, 300)):
+    assert all(torch.equal(targets, call.part.targets) for _, _, _, targets in call.given)
+    assert [t for _, t, _, _ in call.given] == sorted([10, 300] * (len(call.given) // 2))
+    for n in (10, 300):
+        found = {name: h for name, t, h, _ in call.given if t == n}
         noise = next(noise for x, ts, noise, _ in noisings if len(x) == len(x0) and ts[0] == n)
         x_t = (abar[n].sqrt() * x0 + (1 - abar[n]).sqrt() * noise.double()).float()
-        assert (rows.start, t) == (0, n) and torch.equal(targets, call.part.targets)
         off = {}
         for name in ("ema", "model"):
             net = net_class(16, 3, state["num_classes"], **net_class.SIZES["tiny"]).eval()
@@ -283,7 +346,6 @@ def test_test_noise_is_new(monkeypatch):
     y = torch.arange(200) // 100
     source = fake(lambda x, t: {"x": x.flatten(1)[:, :, None, None]}, GaussianDiffusion().add_noise)
     part = Part(torch.zeros(200, 3, 16, 16, dtype=torch.uint8), y)
-    monkeypatch.setattr(probe, "STEPS", 100)
     result = probe.study(source, part, Part(*part), 2, [500], options())
     assert result["test"]["accuracy"] < 0.65, "the test images have the noise of the training images"
     assert probe.knn(source, part, Part(*part), ("x", 500), 2, options()) < 0.65
@@ -300,9 +362,11 @@ def test_any_batch_size(task):
     source, got = fake(lambda x, t: {"a": F.avg_pool2d(x, 2), "b": x + t[:, None, None, None]}), {}
     for size in (500, 3, 1):
         items = list(probe.extract(source, part, [4, 9], options(batch_size=size)))
-        assert [t for _, t, _, _ in items] == [4, 9] * len(range(0, 7, size))
-        got[size] = [torch.cat([found[name] for _, t, found, _ in items if t == n])
-                     for n in (4, 9) for name in "ab"] + [torch.cat([y for _, t, _, y in items if t == 4])]
+        assert [item[:2] for item in items] == [
+            ("a", 4), ("b", 4), ("a", 9), ("b", 9)] * len(range(0, 7, size))
+        places = [("a", 4), ("b", 4), ("a", 9), ("b", 9)]
+        got[size] = [torch.cat([h for *here, h, _ in items if tuple(here) == place]) for place in places]
+        got[size].append(torch.cat([y for *here, _, y in items if tuple(here) == places[0]]))
         assert torch.equal(got[size][-1], part.targets.flatten())
         assert max(map(error, got[size], got[500])) < 1e-5
     assert abs(error(got[1][1], got[1][3]) - 5) < 1e-4, "t reaches the network"
@@ -312,9 +376,9 @@ def test_half_precision_features():
     """Under autocast, features are averaged in float32: hundreds of halves would lose the last digits."""
     x = torch.rand(2, 3, 32, 32)
     source = fake(lambda _, t: {"a": x.bfloat16()})
-    (_, _, found, _), = probe.extract(source, Part(random_images(2, 32), torch.arange(2)), [1], options())
-    assert found["a"].dtype == torch.float32
-    assert error(found["a"], x.bfloat16().double().mean((2, 3))) < 1e-6
+    (_, _, h, _), = probe.extract(source, Part(random_images(2, 32), torch.arange(2)), [1], options())
+    assert h.dtype == torch.float32
+    assert error(h, x.bfloat16().double().mean((2, 3))) < 1e-6
 
 
 def test_seed(run_probe, spied):
@@ -329,7 +393,7 @@ def test_seed(run_probe, spied):
     assert results[0]["held_out"] != results[2]["held_out"] and held[0] != held[2]
     part = Part(random_images(4, 8), torch.arange(4))
     source = fake(lambda x, t: {"x": x}, lambda x0, t, noise: noise)
-    a, b, c = (next(probe.extract(source, part, [1], options(seed=seed)))[2]["x"] for seed in (0, 0, 3))
+    a, b, c = (next(probe.extract(source, part, [1], options(seed=seed)))[2] for seed in (0, 0, 3))
     assert torch.equal(a, b) and error(a, c) > 0.01
 
 
@@ -342,7 +406,8 @@ def test_pixels_are_interpolated():
     feats = {f"{side}": torch.randn(3, 5, side, side, generator=g) for side in (1, 2, 3, 8, 16)}
     source, part = fake(lambda x, t: feats), Part(random_images(3, 16), masks)
     for pixels in (0, 40):
-        (_, _, found, targets), = probe.extract(source, part, [1], options(), pixels=pixels)
+        items = list(probe.extract(source, part, [1], options(), pixels=pixels))
+        found, targets = {name: h for name, _, h, _ in items}, items[0][3]
         if pixels == 0:
             assert torch.equal(targets, masks.flatten()), "all pixels, in order"
         else:
@@ -353,45 +418,49 @@ def test_pixels_are_interpolated():
             assert error(found[name], whole.movedim(1, 3).flatten(0, 2)[targets]) < 1e-5, (name, pixels)
 
 
-def test_collect(monkeypatch):
-    """The features to learn from lie by width and place, image by image, as they were extracted."""
-    monkeypatch.setattr(probe, "PIXELS", 107)
-    masks = torch.arange(5 * 64).view(5, 8, 8) % 7
+@pytest.mark.parametrize("views", [0, 2])
+def test_collect(monkeypatch, views):
+    """The features to learn from lie by place, view after view and image by image, as they were extracted."""
+    masks = torch.arange(5 * 64, dtype=torch.uint8).view(5, 8, 8) % 7
     feats = lambda x, t: {"a": x * t[0], "b": torch.cat([x, -x], 1) + t[0], "c": x - t[0]}  # noqa: E731
-    for targets in (torch.arange(5), masks):
-        part, args = Part(random_images(5, 8), targets), options(batch_size=2)
-        places, x, y = probe.collect(fake(feats), part, [3, 8], args)
-        m = 21 if targets.ndim == 3 else 0            # of 107 pixels, 21 an image
-        assert places == {3: [("a", 3), ("a", 8), ("c", 3), ("c", 8)], 6: [("b", 3), ("b", 8)]}
-        items = list(probe.extract(fake(feats), part, [3, 8], args, pixels=m, learn=True))
-        for D, some in places.items():
-            for i, (name, level) in enumerate(some):
-                expected = torch.cat([found[name] for _, t, found, _ in items if t == level])
-                assert x[D].dtype == torch.float32 and torch.equal(x[D][i], expected)
-        assert torch.equal(y, torch.cat([targets for _, t, _, targets in items if t == 3]))
+    for targets, m in (torch.arange(5), 0), (masks, 21), (masks, 1):
+        monkeypatch.setattr(probe, "PIXELS", 5 * m + 2 if m > 1 else 3)     # m an image, but at least 1
+        part, args = Part(random_images(5, 8), targets), options(batch_size=2, augment=views)
+        x, y = probe.collect(fake(feats), part, [3, 8], args, ["a", "b"])
+        assert list(x) == [("a", 3), ("b", 3), ("a", 8), ("b", 8)]
+        items = [item for view in (range(1, views + 1) or [0]) for item in probe.extract(
+            fake(feats), part, [3, 8], args, view=view, pixels=m, learn=True)]
+        for place, h in x.items():
+            expected = torch.cat([h for *here, h, _ in items if tuple(here) == place])
+            assert h.dtype == torch.float32 and torch.equal(h, expected)
+        assert torch.equal(y, torch.cat([targets for *here, _, targets in items if here == ["a", 3]]))
+        assert len(y) == 5 * (m or 1) * max(views, 1) and y.dtype == torch.int64
 
 
 def test_scores():
     """Accuracy and mean IoU are those of a plain loop over pixels and classes.
 
-    Pixels of no class (255) do not count, nor do classes that neither occur nor are said.
+    Pixels of no class (255) do not count, nor do classes that do not occur, if only by the mean.
     """
     g, K = torch.Generator().manual_seed(0), 5
     masks = torch.randint(3, (6, 8, 8), generator=g)                 # classes 3 and 4 do not occur
     images = random_images(6, 8)
     masks[:, :3], images[:, :, :3] = 255, 0                          # there, what is said is always class 1
-    W, b = torch.randn(3, K, generator=g), torch.tensor([0, 0.5, 0, 0.5, -99])     # class 4 is never said
-    args, place = options(batch_size=4, task="segment"), ("x", 7)
-    result = probe.score({place: (W, b)}, K, fake(lambda x, t: {"x": x}), Part(images, masks), [7], args)
-    said = ((images / 127.5 - 1).movedim(1, 3) @ W + b).argmax(3)
+    W, b = torch.randn(K, 3, generator=g), torch.tensor([0, 0.5, 0, 0.5, -99])     # class 4 is never said
+    args, place = options(batch_size=4, task="segment"), ("x", 7, 0.1)
+    probes = {("x", 7): {0.1: (W, b), 0.2: (-W, b)}}
+    part = Part(images, masks.byte())
+    result = probe.score(probes, K, fake(lambda x, t: {"x": x}), part, [7], args)
+    said = F.linear((images / 127.5 - 1).movedim(1, 3), W, b).argmax(3)
     pairs = [(a, s) for a, s in zip(masks.flatten().tolist(), said.flatten().tolist()) if a != 255]
     ious = []
-    for k in range(K):
+    assert 3 in [s for _, s in pairs], "class 3 is said but does not occur"
+    for k in range(3):
         both, one = sum(a == k == s for a, s in pairs), sum(k in (a, s) for a, s in pairs)
-        ious += [both / one] if one else []
-    assert len(ious) == 4 and ious[3] == 0, "class 3 is said but does not occur"
+        ious.append(both / one)
     assert abs(result[place]["accuracy"] - sum(a == s for a, s in pairs) / len(pairs)) < 1e-6
-    assert abs(result[place]["miou"] - sum(ious) / 4) < 1e-6
+    assert abs(result[place]["miou"] - sum(ious) / 3) < 1e-6
+    assert list(result) == [place, ("x", 7, 0.2)] and result[place] != result["x", 7, 0.2]
     assert 0.1 < result[place]["miou"] < 0.8
 
 
@@ -424,7 +493,6 @@ def reveal(x, t):
 def test_protocol(spied, monkeypatch):
     """Layer and t are chosen on a tenth of the training images; the test set is scored once, there."""
     train_part, test_part, args = planted(205, 1), planted(80, 2), options()
-    monkeypatch.setattr(probe, "STEPS", 100)
     result = probe.study(fake(reveal), train_part, test_part, 3, [10, 30, 60], args)
     assert (result["best"]["layer"], result["best"]["t"]) == ("b", 30) and result["test"]["accuracy"] == 1
     assert result["layers"] == ["a", "b", "c"] and result["levels"] == [10, 30, 60]
@@ -433,6 +501,7 @@ def test_protocol(spied, monkeypatch):
                if (i, j) != (1, 1))
     learn, held, final, test = spied
     assert [call.what for call in spied] == ["features", "scoring"] * 2
+    assert result["best"]["penalty"] == probe.PENALTIES[0], "of equals, the strongest"
     assert learn.levels == held.levels == [10, 30, 60] and not learn.layers and not held.layers
     assert len(held.part.images) == 20 and len(learn.part.images) == 185
     assert sorted(identities(held.part) + identities(learn.part)) == sorted(identities(train_part))
@@ -446,7 +515,6 @@ def test_protocol(spied, monkeypatch):
 def test_choice_ignores_test_set(monkeypatch):
     """A test set with scrambled labels changes its own score and nothing else."""
     train_part, test_part = planted(100, 1), planted(300, 2)
-    monkeypatch.setattr(probe, "STEPS", 100)
     wrong = test_part._replace(targets=(test_part.targets + 1) % 3)
     results = [probe.study(fake(reveal), train_part, part, 3, [10, 30], options())
                for part in (test_part, wrong)]
@@ -456,14 +524,41 @@ def test_choice_ignores_test_set(monkeypatch):
 
 def test_segment_is_chosen_by_miou(monkeypatch):
     """To segment, the place of the best mean IoU is chosen, not that of the best pixel accuracy."""
-    scores = {("a", 1): dict(accuracy=0.9, miou=0.3), ("b", 1): dict(accuracy=0.8, miou=0.6)}
+    scores = {("a", 1, 0.1): dict(accuracy=0.9, miou=0.3), ("b", 1, 0.1): dict(accuracy=0.8, miou=0.6)}
+    monkeypatch.setattr(probe, "PENALTIES", [0.1])
     monkeypatch.setattr(probe, "score", lambda *args: scores)
-    monkeypatch.setattr(probe, "fit", lambda *args: {})
+    monkeypatch.setattr(probe, "learn", lambda *args: {})
     part = Part(random_images(20, 4), torch.zeros(20, 4, 4).long())
     for task, layer, values in ("segment", "b", [[0.3], [0.6]]), ("classify", "a", [[0.9], [0.8]]):
         result = probe.study(None, part, part, 2, [1], options(task=task))
-        assert result["best"] == dict(layer=layer, t=1, **scores[layer, 1]) and result["held_out"] == values
+        assert result["best"] == dict(layer=layer, t=1, penalty=0.1, **scores[layer, 1, 0.1])
+        assert result["held_out"] == values
 
+
+def test_penalty_is_chosen(monkeypatch):
+    """Of each place the best penalty counts; the final probe has the chosen place's, reached as before."""
+    scores = {("a", 1): [0.5, 0.7, 0.6], ("b", 1): [0.8, 0.3, 0.1]}
+    learned, asked = [], []
+
+    def learn(source, part, K, levels, penalties, args, layers=None):
+        learned.append((penalties, layers))
+        return "probes"
+
+    def score(probes, K, source, part, levels, args, layers=None):
+        asked.append(part)
+        return {(*place, penalty): dict(accuracy=value) for place, values in scores.items()
+                for penalty, value in zip([0.3, 0.2, 0.1], values)}
+    monkeypatch.setattr(probe, "PENALTIES", [0.3, 0.2, 0.1])
+    monkeypatch.setattr(probe, "learn", learn)
+    monkeypatch.setattr(probe, "score", score)
+    part = Part(random_images(20, 4), torch.zeros(20))
+    for n, (best, some) in enumerate([(("b", 0.3), [0.3]), (("a", 0.2), [0.3, 0.2])]):
+        result = probe.study(None, part, part, 2, [1], options())
+        assert (result["best"]["layer"], result["best"]["penalty"]) == best
+        assert result["held_out"] == [[0.7], [[0.8, 0.1][n]]]
+        assert learned[-2:] == [([0.3, 0.2, 0.1], None), (some, [best[0]])] and asked[-1] is part
+        assert result["test"] == dict(accuracy=0.8 if n == 0 else 0.7)
+        scores["b", 1] = [0.1, 0.1, 0.1]
 
 @pytest.mark.parametrize("flags, count", [("", TRAIN), ("--images 25", 25)])
 def test_images(run_probe, spied, flags, count):
@@ -493,11 +588,12 @@ def test_result(folders, run_probe, capsys):
     result = run_probe("classes")
     names = [f"block_{n}" for n in range(1, 7)]
     assert set(result) == set("""run data task bottleneck metric layers levels held_out best test classes
-        train_images test_images trained_on seed augment device versions seconds memory_gb""".split())
+        train_images test_images trained_on seed augment device versions seconds""".split())
     assert (result["run"], result["data"], result["task"]) == ("classes", "shapes", "classify")
     assert (result["layers"], result["levels"], result["bottleneck"]) == (names, [10, 300], "block_3")
     assert (result["classes"], result["trained_on"], result["seed"], result["augment"]) == (10, 16, 0, 0)
-    assert (result["metric"], result["device"], result["memory_gb"]) == ("accuracy", "cpu", None)
+    assert (result["metric"], result["device"]) == ("accuracy", "cpu")
+    assert result["best"]["penalty"] in probe.PENALTIES
     assert torch.__version__ in result["versions"] and "Python 3" in result["versions"]
     assert 0 < result["seconds"] < 60
     values, best = np.array(result["held_out"]), result["best"]
@@ -652,6 +748,31 @@ def test_compare_same_task(tmp_path, capsys):
     assert (tmp_path / "probe-segment-voc-compare.png").exists()
 
 
+def test_compare_same_data(tmp_path, capsys):
+    """Runs that were probed on different data are not compared."""
+    for name, data in dict(A="shapes", B="cifar10").items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "probe.json").write_text(json.dumps(made(data=data)))
+    line = refused(capsys, ["--compare", str(tmp_path / "A"), str(tmp_path / "B")])
+    assert "cifar10, shapes" in line and "--data" in line
+    assert os.listdir(tmp_path / "A") == ["probe.json"]
+
+
+@pytest.mark.parametrize("where, kept", [("study", False), ("knn", True), ("references", True)])
+def test_memory_of_the_gpu(folders, run_probe, capsys, monkeypatch, where, kept):
+    """A GPU whose memory is too small is one sentence; what was found before that is kept."""
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(probe, where, fail)
+    monkeypatch.setattr(probe, "ITERATIONS", 1)
+    file = folders["classes"] / "probe.json"
+    file.unlink(missing_ok=True)
+    flags = [str(folders["classes"]), "--device", "cpu", "--t", "10", "--knn", "--references"]
+    line = refused(capsys, flags)
+    assert "memory" in line and "--images" in line and "--t" in line and "--batch-size" in line
+    assert file.exists() == kept and (not kept or "test" in json.loads(file.read_text()))
+
+
 def test_full_disk(folders, run_probe, capsys, monkeypatch):
     """A disk that is full leaves the last results whole, and no remains beside them."""
     run_probe("classes")
@@ -697,35 +818,12 @@ def test_views(run_probe, spied, noisings, task):
     assert result["augment"] == 3
     assert [(call.what, call.view) for call in spied] == [
         *(("features", view) for view in (1, 2, 3)), ("scoring", 0)] * 2
-    starts = [x0 for x0, t, _, _ in noisings if len(x0) == TRAIN]            # of the final probe's views
+    starts = [x0 for x0, _, _, _ in noisings if len(x0) == TRAIN]            # of the final probe's views
     plain = spied[4].part.images / 127.5 - 1
     assert len(starts) == 3
     assert all(error(a, b) > 0.1 for a, b in zip(starts, [*starts[1:], plain]))
     x0 = next(x0 for x0, _, _, _ in noisings if len(x0) == TEST)
     assert error(x0, spied[-1].part.images / 127.5 - 1) < 1e-6
-
-
-def test_views_share_the_steps(monkeypatch):
-    """With --augment a probe takes the same number of steps, divided over the views, and uses all of them."""
-    y = torch.arange(300) % 3
-    one_hot, steps = F.one_hot(y, 3).float(), []
-    step = torch.optim.AdamW.step
-
-    def count(self):
-        steps.append(self.param_groups[0]["lr"])
-        step(self)
-    monkeypatch.setattr(torch.optim.AdamW, "step", count)
-    monkeypatch.setattr(probe, "STEPS", 90)
-    noise = 0.1 * torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    views = [one_hot + noise, noise, noise]          # only the first tells the classes apart
-    found = {}
-    for order in ((0, 1, 2), (1, 2, 0)):
-        steps.clear()
-        views_again = (({3: [("a", 1)]}, {3: views[k][None].clone()}, y) for k in order)
-        found[order] = probe.fit(views_again, 3, options(augment=3))["a", 1]
-        assert len(steps) == 90 and steps == sorted(steps, reverse=True) and steps[-1] < 0.01 * probe.LR
-    assert all(accuracy(W, b, views[0], y) > 95 for W, b in found.values())
-    assert error(found[0, 1, 2][0], found[1, 2, 0][0]) > 0.01
 
 
 # --- other judges ---
@@ -770,8 +868,8 @@ def test_knn_line(run_probe, monkeypatch, capsys):
     assert "20 nearest neighbours there: test 37.5 %" in capsys.readouterr().out
 
 
-def test_references(run_probe, monkeypatch, capsys):
-    """--references prints what an untrained network and the pixels reach, and which of them is not beaten."""
+def test_references(folders, run_probe, monkeypatch, capsys):
+    """--references prints what the network before training and the pixels reach, and which is not beaten."""
     scores, studied = [0.5, 0.5, 0.4], []
 
     def study(source, train, test, K, levels, args):
@@ -789,6 +887,10 @@ def test_references(run_probe, monkeypatch, capsys):
     assert [levels for _, _, _, levels in studied] == [[10, 300], [10, 300], [10]]
     assert all(entry[1] is studied[0][1] and entry[2] is studied[0][2] for entry in studied)
     assert type(untrained.net) is type(trained.net) is DiT and not untrained.net.training
+    torch.manual_seed(train.mix(0))
+    config = SimpleNamespace(**torch.load(folders["classes"] / "checkpoint.pt")["config"])
+    first = train.build(config, 3, 10)[0].state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in untrained.net.state_dict().items())
     gates = [net.proj[1].weight.detach().abs().max() for net in (untrained.net, trained.net)]
     assert gates[0] == 0 < gates[1], "it is as it was initialised"
     for side, pooled in (16, 16), (64, 32):
@@ -885,8 +987,7 @@ def test_masks_and_background(give):
     masks = torch.arange(6 * 256).view(6, 16, 16).remainder(3).byte()
     give(random_images(6, 16), torch.arange(6) % 2, masks)
     part, classes = probe.load("some", "train", "segment", CFG, 3)
-    assert classes == ["background", "a", "b"] and part.targets.dtype == torch.int64
-    assert torch.equal(part.targets, masks.long())
+    assert classes == ["background", "a", "b"] and torch.equal(part.targets, masks)
 
 
 def draw_voc(root, train=12, val=5):
@@ -930,7 +1031,7 @@ def test_voc(tmp_path, monkeypatch, offline, size):
         (images, masks), classes = probe.load("voc", split, "segment",
                                               SimpleNamespace(image_size=size, skip_bad=False), 3)
         assert images.dtype == torch.uint8 and images.shape == (n, 3, size, size)
-        assert masks.dtype == torch.int64 and masks.shape == (n, size, size)
+        assert masks.dtype == torch.uint8 and masks.shape == (n, size, size)
         assert set(masks.unique().tolist()) <= {3, 20, 255} and {3, 20} <= set(masks.unique().tolist())
         edge = -(-size // 16)
         assert (masks[:, edge:, :size // 2 - edge] == 3).all()
@@ -956,7 +1057,7 @@ def test_voc_is_probed(run_probe, tmp_path, monkeypatch, offline):
 @pytest.mark.parametrize("flags, words", [
     ("--t -1", "--t -1 0 999"), ("--t 5 1000", "--t 1000 999"), ("--t ten", "--t ten"),
     ("--task segment --data shapes --knn", "--knn --task"), ("--images 0", "--images 0 1"),
-    ("--images 9", "9 10"), ("--augment 1001", "--augment 1001 500"), ("--augment -1", "--augment -1"),
+    ("--images 9", "9 10"), ("--augment -1", "--augment -1"),
     ("--seed -1", "--seed -1"),
     ("--batch-size 0", "--batch-size 0"), ("--compare runs/A", "run --compare"), ("--task paint", "paint"),
     ("--data cifar11", "cifar11"), ("--device toaster", "toaster cpu"), ("--nn 5", "--nn")])

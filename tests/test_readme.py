@@ -106,7 +106,7 @@ def small(place, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
     monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
-    monkeypatch.setattr(probe, "STEPS", 5)
+    monkeypatch.setattr(probe, "ITERATIONS", 2)
     monkeypatch.chdir(place)
     return place
 

@@ -101,7 +101,7 @@ def measure(args, name, variant, seed, judge=None):
                 f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(),
                 *["--no-self-cond"] * (variant == "baseline")])
     sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
-    probe.main([str(run), *"--t 1 10 60 --batch-size 1000".split()])
+    probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
     result = json.loads((run / "probe.json").read_text())
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
