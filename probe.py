@@ -8,8 +8,8 @@
 Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers.
 They are averaged over space (to segment: upsampled to the pixels) and standardised, and one linear layer
 learns to tell the classes from them. Layer, t and the penalty on the weights are chosen on a tenth of the
-training set, which is held out; then one probe is trained on the whole training set and scored, once, on the
-test set.
+training set, which is held out; then one probe is trained on all training images used and scored, once,
+on the test set.
 """
 import argparse
 import json
@@ -35,7 +35,6 @@ LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almos
 PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]          # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
 ITERATIONS, DAMPING = 30, 1e-4                      # of a probe, per penalty; see fit
 PIXELS = 32_000                                     # dense probes learn from about so many, drawn at random
-VOID = 255                                          # in masks: no class
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
 NEIGHBOURS, TEMPERATURE = 20, 0.07                  # of --knn, as in DINO (arXiv 2104.14294)
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -67,6 +66,7 @@ def parse(argv):
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[that of the training]")
     args = parser.parse_args(argv)
     require(bool(args.run) != bool(args.compare), "give either the folder of a run, or --compare and some.")
+    require(args.data != "voc" or args.task == "segment", "voc has no class per image: use --task segment.")
     require(args.task == "classify" or not args.knn, "--knn is for --task classify: leave it out.")
     for name, least in dict(images=1, augment=0, seed=0, batch_size=1).items():
         value = getattr(args, name)
@@ -84,8 +84,8 @@ def load_voc(split, size):
     try:
         found = VOCSegmentation("data", "2012", part, download=missing)
     except (OSError, RuntimeError) as e:
-        require(False, f"voc is not in ./data and could not be downloaded ({e}): go online, or use --data "
-                       "shapes:full (built in).")
+        require(False, f"voc is not in ./data and could not be downloaded ({e}): go online (or delete "
+                       "data/VOCdevkit, if it is damaged), or use --data shapes:full (built in).")
 
     def fit(file, mode, how):                       # centre crop, resize
         with Image.open(file) as image:
@@ -191,33 +191,38 @@ def collect(source, part, levels, args, layers=None):
 def fit(features, y, K, penalties):
     """Trains a linear layer for every place and penalty -> for every place {penalty: (W (K, D), b (K,))}.
 
-    features: of P places, each (N, D); y: (N,) classes, where VOID teaches nothing. Minimises cross-entropy
-    + penalty / 2 |W|^2 on standardised features by gradient descent on all of them, accelerated (Nesterov
-    1983); one batched matrix product serves all places. Features are so correlated (condition numbers up to
-    8 million were seen) that AdamW stopped up to 15 points below the best linear layer, in some layers more
-    than in others. So the inverse of a bound on the curvature takes the place of a learning rate, like in
-    Boehning (1992): for an image with probabilities p, the Hessian of the cross-entropy is at most
-    (1 - |p|^2) x x^T. Each penalty starts from the probes of the one before; let them fall. Raises UserError.
+    features: of P places, each (N, D); y: (N,) classes; one of K or more teaches nothing. Minimises
+    cross-entropy + penalty / 2 |W|^2 on standardised features by gradient descent on all of them, accelerated
+    (Nesterov 1983); one batched matrix product serves all places. Features are so correlated (condition
+    numbers up to 8 million were seen) that AdamW on standardised ones stopped up to 15 points below the best
+    linear layer, in some layers more than in others. So the inverse of a bound on the curvature takes the
+    place of a learning rate. Boehning (1992) bounds it once for all; here, for an image with probabilities p,
+    the Hessian of the cross-entropy is at most (1 - |p|^2) x x^T, taken at its largest on the way so far.
+    DAMPING keeps rounding out of the inverse; it slows, but does not bias. Each penalty starts from the
+    probes of the one before; let them fall. Raises UserError.
     """
     moments = [torch.std_mean(h, 0) for h in features]
     require(all(mean.isfinite().all() for _, mean in moments), "the features have values that are not "
             "finite: the network's weights are damaged, or its --precision is too low.")
     moments = [(std + 1e-6, mean) for std, mean in moments]
-    x = torch.stack([F.pad(((h - mean) / std).T, (0, 0, 0, 1), value=1.0)     # (P, D + 1, N): 1 for the bias
-                     for h, (std, mean) in zip(features, moments)])
+    x = features[0].new_ones(len(features), len(moments[0][0]) + 1, len(y))   # (P, D + 1, N): 1 for the bias
+    for place, h, (std, mean) in zip(x, features, moments):
+        place[:-1] = ((h - mean) / std).T
     truth = F.one_hot(y.clamp(max=K - 1), K).T.float()                        # (K, N)
-    share = (y != VOID) / (y != VOID).sum()                                   # (N,), of the mean
+    share = (y < K) / (y < K).sum()                                           # (N,), of the mean
     W, found = x.new_zeros(len(x), K, x.shape[1]), [{} for _ in features]
     ridge = torch.ones(x.shape[1], device=x.device)
     ridge[-1] = 0                                                             # no penalty on the bias
     bar = tqdm(total=len(penalties) * ITERATIONS, desc="probes", unit="step", leave=False)
     for penalty in penalties:
-        bound = share * (1 - (W @ x).softmax(1).square().sum(1))              # (P, N)
-        curvature = torch.stack([(h * w) @ h.T for h, w in zip(x, bound)])
-        rate = torch.linalg.inv(curvature + torch.diag(penalty * ridge + DAMPING))
-        ahead = W
+        ahead, bound = W, x.new_zeros(())
         for k in range(ITERATIONS):
-            error = (ahead @ x).softmax(1).sub_(truth).mul_(share)            # (P, K, N)
+            p = (ahead @ x).softmax(1)                                        # (P, K, N)
+            bound = torch.maximum(bound, 1 - p.square().sum(1))               # (P, N)
+            if k % 10 == 0:
+                curvature = torch.stack([(h * w) @ h.T for h, w in zip(x, bound * share)])
+                rate = torch.linalg.inv(curvature + torch.diag(penalty * ridge + DAMPING))
+            error = p.sub_(truth).mul_(share)
             last, W = W, ahead - (error @ x.mT + penalty * ridge * ahead) @ rate
             ahead = W + k / (k + 3) * (W - last)
             bar.update()
@@ -241,7 +246,7 @@ def score(probes, K, source, part, levels, args, layers=None):
     """-> {(layer, t, penalty): dict(accuracy=, miou=)}, of images or, by masks, of all their pixels."""
     counts = defaultdict(int)                       # confusion matrices (K, K): what it is, what was said
     for layer, t, h, targets in extract(source, part, levels, args, layers):
-        known = targets != VOID
+        known = targets < K                         # void pixels are of class 255
         for penalty, (W, b) in probes[layer, t].items():
             pairs = (targets * K + F.linear(h, W, b).argmax(1))[known]
             counts[layer, t, penalty] += torch.bincount(pairs, minlength=K * K).view(K, K)
@@ -255,7 +260,7 @@ def score(probes, K, source, part, levels, args, layers=None):
 
 
 def knn(source, train, test, place, K, args):
-    """Accuracy of the k nearest training images by cosine, weighted by exp(cosine / temperature)."""
+    """Accuracy of the k nearest training images (or views) by cosine, weights exp(cosine / temperature)."""
     (layer, t), right = place, 0
     features, y = collect(source, train, [t], args, [layer])
     x = features[place]
@@ -417,11 +422,13 @@ def compare(args):
         try:
             results.append(json.loads(path.read_text()))
             summary(results[-1]), [max(row) for row in results[-1]["held_out"]]
+            [results[-1][name] for name in "data levels layers bottleneck train_images augment seed".split()]
         except (KeyError, TypeError, ValueError) as e:
             require(False, f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
-    known = sorted({result["data"] for result in results})
-    require(len(known) == 1, f"these runs were probed on different data, {', '.join(known)}: probe them with "
-                             "the same --data, and compare with it.")
+    for what in ("data", "levels", "train_images", "augment", "seed"):
+        known = sorted({str(result[what]) for result in results})
+        require(len(known) == 1, f"these runs were probed with different {what}, {', '.join(known)}: probe "
+                                 "them alike, and compare with the same --data.")
     path = Path(args.compare[0], stem(args) + "-compare.png")
     save_file(path, lambda file: draw_curves(results, file))
     say("\n".join([*map(summary, results), f"curves: {path}"]))
@@ -459,12 +466,11 @@ def probe_run(args):
         save_file(Path(f"{file}.png"), lambda file: draw_map(result, file))
         save_file(Path(f"{file}.json"), lambda file: file.write(json.dumps(result, indent=1).encode()))
     write(study(source, train, test, K, args.t, args))
-    say(table(result))
+    say(table(result) + "\n" + summary(result))
     if args.knn:
         place = result["best"]["layer"], result["best"]["t"]
         write(dict(knn=knn(source, train, test, place, K, args)))
         say(f"{NEIGHBOURS} nearest neighbours there: test {100 * result['knn']:.1f} %")
-    say(summary(result))
     if args.references:
         write(dict(references=references(cfg, state, source, train, test, K, args)))
         for name, reference in result["references"].items():
@@ -481,7 +487,7 @@ def main(argv=None):
         compare(args) if args.compare else probe_run(args)
     except torch.OutOfMemoryError:
         require(False, "the memory of the GPU is too small for this: use fewer --images or levels --t, or a "
-                       "smaller --batch-size.")
+                       "smaller --batch-size; results found before are kept.")
 
 
 if __name__ == "__main__":

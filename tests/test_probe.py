@@ -167,14 +167,14 @@ def fitted(frozen):
     return fit(frozen, list(frozen[0]))
 
 
-def optimum(x, y, penalty):
+def optimum(x, y, penalty, K=CLASSES):
     """The linear layer that a plain loop in float64 trains to convergence on standardised x (N, D).
 
     -> W (K, D), b (K,), loss. The penalty is penalty / 2 |W|^2; the loop runs in whitened coordinates.
     """
     R = torch.linalg.inv(torch.linalg.cholesky(x.T @ x / len(x) + penalty * torch.eye(x.shape[1])))
-    V = torch.zeros(CLASSES, x.shape[1], dtype=torch.float64, requires_grad=True)
-    b = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
+    V = torch.zeros(K, x.shape[1], dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(K, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([V, b], max_iter=600, history_size=50, line_search_fn="strong_wolfe",
                                   tolerance_grad=1e-8, tolerance_change=0)
 
@@ -264,6 +264,32 @@ def test_correlated_features():
         assert abs(accuracy(W, b, x, y) - best) < 1
 
 
+def test_outlier():
+    """An image far out, on the wrong side, makes no probe diverge: each is as good as the loop's."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (400,), generator=g)
+    x = 0.05 * torch.randn(400, 5, generator=g) + (2 * y - 1)[:, None]
+    x[0] *= -30
+    std, mean = torch.std_mean(x.double(), 0)
+    for penalty, pair in probe.fit([x], y, 2, probe.PENALTIES)[0].items():
+        W, b = (value.double() for value in pair)
+        loss = F.cross_entropy(F.linear(x.double(), W, b), y) + penalty / 2 * (W * std).square().sum()
+        best = optimum((x - mean) / std, y, penalty, 2)[2]
+        assert best - 1e-6 < loss < 1.01 * best + 1e-4, penalty
+
+
+def test_many_classes():
+    """Class 255 of more than 256 classes is a class like the others."""
+    y = torch.arange(260).repeat(3)
+    x, K = F.one_hot(y, 260).float(), 260
+    W, b = probe.fit([x], y, K, [1e-2, 1e-3, 1e-4])[0][1e-4]
+    assert accuracy(W, b, x, y) == 100
+    part = Part(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.full((3,), 255))
+    wrong = {("x", 1): {0.1: (torch.zeros(K, 1), torch.arange(K).float())}}     # says 259
+    scores = probe.score(wrong, K, fake(lambda x, t: {"x": x}), part, [1], options())
+    assert scores["x", 1, 0.1]["accuracy"] == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_damaged_network(folders, capsys, monkeypatch, value):
     """Features that are not finite are one sentence; nothing is written."""
@@ -285,7 +311,7 @@ def test_void_is_not_learned(monkeypatch):
     y = torch.arange(900) % 3
     x = F.one_hot(y, 3) + 0.1 * torch.randn(900, 3, generator=g)
     known = y.clone()
-    y[::2], x[::2] = probe.VOID, x[::2].roll(1, 1)
+    y[::2], x[::2] = 255, x[::2].roll(1, 1)
     (found,) = probe.fit([x], y, 3, probe.PENALTIES)
     assert list(found) == probe.PENALTIES
     for W, b in found.values():
@@ -621,7 +647,7 @@ def made(layers=4, levels=(1, 10, 30), run="made", **changes):
     best = dict(layer=f"block_{layers}", t=levels[-1], accuracy=values[-1][-1], miou=0.2)
     result = dict(run=run, data="shapes", metric="accuracy", layers=[f"block_{n + 1}" for n in range(layers)],
                   levels=list(levels), held_out=values, best=best, bottleneck=f"block_{layers // 2 or 1}",
-                  test=dict(accuracy=0.5, miou=0.25))
+                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, augment=0, seed=0)
     return result | changes
 
 
@@ -748,13 +774,15 @@ def test_compare_same_task(tmp_path, capsys):
     assert (tmp_path / "probe-segment-voc-compare.png").exists()
 
 
-def test_compare_same_data(tmp_path, capsys):
-    """Runs that were probed on different data are not compared."""
-    for name, data in dict(A="shapes", B="cifar10").items():
+@pytest.mark.parametrize("what, other", [
+    ("data", "cifar10"), ("levels", [1, 10, 60]), ("train_images", 99), ("augment", 2), ("seed", 1)])
+def test_compare_like_with_like(tmp_path, capsys, what, other):
+    """Runs that were probed on different data, or otherwise, are not compared."""
+    for name, result in dict(A=made(), B=made(**{what: other})).items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "probe.json").write_text(json.dumps(made(data=data)))
+        (tmp_path / name / "probe.json").write_text(json.dumps(result))
     line = refused(capsys, ["--compare", str(tmp_path / "A"), str(tmp_path / "B")])
-    assert "cifar10, shapes" in line and "--data" in line
+    assert what in line and str(other) in line and str(made()[what]) in line
     assert os.listdir(tmp_path / "A") == ["probe.json"]
 
 
