@@ -858,7 +858,7 @@ train.main(sys.argv[1:])
 def test_minutes_of_two_processes(tmp_path, photos):
     """With --minutes both stop at the same step, though the second one's clock runs 1000 times as fast."""
     (tmp_path / "main.py").write_text(OWN_CLOCKS)
-    flags = argv(tmp_path / "run", f"--minutes 0.06 --images 100000 --data folder:{photos}")
+    flags = argv(tmp_path / "run", f"--minutes 0.15 --images 100000 --data folder:{photos}")
     code, out, err = launch(*TORCHRUN, tmp_path / "main.py", *flags, timeout=90)
     assert code == 0, err
     assert 16 < load(tmp_path / "run")["images"] < 100_000
