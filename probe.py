@@ -35,6 +35,7 @@ LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almos
 PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]          # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
 ITERATIONS, DAMPING = 30, 1e-4                      # of a probe, per penalty; see fit
 PIXELS = 32_000                                     # dense probes learn from about so many, drawn at random
+ALIKE = ["data", "levels", "train_images", "augment", "seed"]     # in runs that --compare compares
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
 NEIGHBOURS, TEMPERATURE = 20, 0.07                  # of --knn, as in DINO (arXiv 2104.14294)
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -87,13 +88,13 @@ def load_voc(split, size):
         require(False, f"voc is not in ./data and could not be downloaded ({e}): go online (or delete "
                        "data/VOCdevkit, if it is damaged), or use --data shapes:full (built in).")
 
-    def fit(file, mode, how):                       # centre crop, resize
+    def read(file, mode, how):                      # centre crop, resize
         with Image.open(file) as image:
             return np.array(ImageOps.fit(image.convert(mode) if mode else image, (size, size), how))
     files = list(zip(found.images, found.masks))
-    images = [fit(file, "RGB", Image.Resampling.BICUBIC)
+    images = [read(file, "RGB", Image.Resampling.BICUBIC)
               for file, _ in tqdm(files, f"decoding {split}", unit="img", delay=1)]
-    masks = [fit(file, None, Image.Resampling.NEAREST) for _, file in files]
+    masks = [read(file, None, Image.Resampling.NEAREST) for _, file in files]
     return Data(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), None,
                 torch.from_numpy(np.stack(masks)), VOC)
 
@@ -188,6 +189,12 @@ def collect(source, part, levels, args, layers=None):
 
 # --- probes ---
 
+def spread(h):
+    """Features (N, D) -> standard deviation (D,), never 0, and mean (D,): what standardises them."""
+    std, mean = torch.std_mean(h, 0)
+    return std + 1e-6, mean
+
+
 def fit(features, y, K, penalties):
     """Trains a linear layer for every place and penalty -> for every place {penalty: (W (K, D), b (K,))}.
 
@@ -201,10 +208,9 @@ def fit(features, y, K, penalties):
     DAMPING keeps rounding out of the inverse; it slows, but does not bias. Each penalty starts from the
     probes of the one before; let them fall. Raises UserError.
     """
-    moments = [torch.std_mean(h, 0) for h in features]
+    moments = [spread(h) for h in features]
     require(all(mean.isfinite().all() for _, mean in moments), "the features have values that are not "
             "finite: the network's weights are damaged, or its --precision is too low.")
-    moments = [(std + 1e-6, mean) for std, mean in moments]
     x = features[0].new_ones(len(features), len(moments[0][0]) + 1, len(y))   # (P, D + 1, N): 1 for the bias
     for place, h, (std, mean) in zip(x, features, moments):
         place[:-1] = ((h - mean) / std).T
@@ -264,10 +270,10 @@ def knn(source, train, test, place, K, args):
     (layer, t), right = place, 0
     features, y = collect(source, train, [t], args, [layer])
     x = features[place]
-    std, mean = torch.std_mean(x, 0)
+    std, mean = spread(x)
 
     def unit(h):                                    # standardised, of length 1
-        return F.normalize((h - mean) / (std + 1e-6))
+        return F.normalize((h - mean) / std)
     x = unit(x)
     for _, _, h, targets in extract(source, test, [t], args, [layer]):
         near, i = (unit(h) @ x.T).topk(min(NEIGHBOURS, len(x)))
@@ -422,10 +428,10 @@ def compare(args):
         try:
             results.append(json.loads(path.read_text()))
             summary(results[-1]), [max(row) for row in results[-1]["held_out"]]
-            [results[-1][name] for name in "data levels layers bottleneck train_images augment seed".split()]
+            [results[-1][name] for name in [*ALIKE, "layers", "bottleneck"]]
         except (KeyError, TypeError, ValueError) as e:
             require(False, f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
-    for what in ("data", "levels", "train_images", "augment", "seed"):
+    for what in ALIKE:
         known = sorted({str(result[what]) for result in results})
         require(len(known) == 1, f"these runs were probed with different {what}, {', '.join(known)}: probe "
                                  "them alike, and compare with the same --data.")
@@ -451,33 +457,34 @@ def probe_run(args):
     require(most >= least, f"{most} training images of {K} classes are too few: use {least} or more.")
     some = torch.randperm(N, generator=torch.Generator().manual_seed(mix(args.seed, 0)))[:most]
     train = Part(*(rows[some] for rows in train))
-    loaded, file = time.time(), Path(args.run, stem(args))
+    loaded, results = time.time(), Path(args.run, stem(args) + ".json")
     torch.backends.cudnn.benchmark = True
     source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device)
     result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=most,
                   test_images=len(test.images), trained_on=state["images"], seed=args.seed,
-                  augment=args.augment, device=str(device), versions=VERSIONS)
+                  augment=args.augment, device=str(device), versions=VERSIONS,
+                  **study(source, train, test, K, args.t, args))
 
-    def write(found):
+    def write(**found):
         result.update(found, seconds=round(time.time() - loaded, 1))
         if device.type == "cuda":
             result["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        save_file(Path(f"{file}.png"), lambda file: draw_map(result, file))
-        save_file(Path(f"{file}.json"), lambda file: file.write(json.dumps(result, indent=1).encode()))
-    write(study(source, train, test, K, args.t, args))
+        save_file(results, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    save_file(results.with_suffix(".png"), lambda file: draw_map(result, file))
+    write()
     say(table(result) + "\n" + summary(result))
     if args.knn:
         place = result["best"]["layer"], result["best"]["t"]
-        write(dict(knn=knn(source, train, test, place, K, args)))
+        write(knn=knn(source, train, test, place, K, args))
         say(f"{NEIGHBOURS} nearest neighbours there: test {100 * result['knn']:.1f} %")
     if args.references:
-        write(dict(references=references(cfg, state, source, train, test, K, args)))
+        write(references=references(cfg, state, source, train, test, K, args))
         for name, reference in result["references"].items():
             beaten = result["test"][result["metric"]] > reference["test"][result["metric"]]
             say(summary(dict(reference, run=name)) + "; NOT BEATEN by this run" * (not beaten))
     say(f"{loaded - start:.0f} s to load {most:,} + {len(test.images):,} images, "
-        f"{result['seconds']:.0f} s to probe; results: {file}.json and .png")
+        f"{result['seconds']:.0f} s to probe; results: {results} and .png")
 
 
 @command
