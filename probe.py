@@ -27,14 +27,14 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from train import (VERSIONS, Data, build, command, load_data, load_run, mix, pick_autocast, require,
-                   save_file, say, setup)
+from train import (LAYOUT, VERSIONS, Data, build, command, load_data, load_run, mix, pick_autocast,
+                   require, save_file, say, setup)
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almost clean to hardly recognisable
 PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]          # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
 ITERATIONS, DAMPING = 30, 1e-4                      # of a probe, per penalty; see fit
-PIXELS = 32_000                                     # dense probes learn from about so many, drawn at random
+PIXELS = 25_000                                     # dense probes learn from about so many, drawn at random
 ALIKE = ["data", "levels", "train_images", "augment", "seed"]     # in runs that --compare compares
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
 NEIGHBOURS, TEMPERATURE = 20, 0.07                  # of --knn, as in DINO (arXiv 2104.14294)
@@ -152,7 +152,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
         x0, targets = x0.float() / 127.5 - 1, targets.long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)
-        x0 = x0.contiguous(memory_format=torch.channels_last)
+        x0 = x0.contiguous(memory_format=LAYOUT)
         noise = torch.randn(x0.shape, generator=g, device=device)
         if dense:
             p = torch.arange(S * S, device=device).expand(len(x0), -1)        # (n, m) places, row by row
@@ -302,13 +302,13 @@ def study(source, train, test, K, levels, args):
 def references(cfg, state, source, train, test, K, args):
     """The same study of the network as it was before training, and of the pixels themselves."""
     torch.manual_seed(mix(cfg.seed))
-    net = build(cfg, state["channels"], state["num_classes"])[0].to(source.device).eval()
+    net = build(cfg, state["channels"], state["num_classes"])[0].to(source.device, memory_format=LAYOUT)
 
     def pixels(x, t, return_features):              # to classify: all of them in a row, at most 32 x 32
         side = min(32, x.shape[-1])
         flat = F.adaptive_avg_pool2d(x, side).flatten(1)[:, :, None, None]
         return x, {"pixels": x if args.task == "segment" else flat}
-    return dict(untrained=study(source._replace(net=net), train, test, K, args.t, args),
+    return dict(untrained=study(source._replace(net=net.eval()), train, test, K, args.t, args),
                 pixels=study(source._replace(net=pixels), train, test, K, args.t[:1], args))
 
 
@@ -392,6 +392,7 @@ def draw_curves(results, file):
     gap = max(map(FONT.getlength, names)) / 2 + 12                               # between two names
     left, top, w, h = 70, 56 + 24 * len(results), max(560, round(gap * (len(names) - 1))), 320
     what = f"{METRICS[results[0]['metric']]} of linear probes on held-out images (%), best t of each layer"
+    what += "; ring: z" * any(result["bottleneck"] for result in results)
     picture, pen, write = canvas(left + w + 40, top + h + 64,
                                  [(14, what), *((left + 40, summary(result)) for result in results)])
     curves = [[100 * max(row) for row in result["held_out"]] for result in results]

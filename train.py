@@ -36,6 +36,7 @@ EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the imag
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
 VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
+LAYOUT = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format    # what is faster
 
 class UserError(Exception):
     """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
@@ -263,7 +264,7 @@ class Batches:
         if self.pool:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        x0 = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        x0 = (x.float() / 127.5 - 1).to(memory_format=LAYOUT)
         g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
@@ -317,7 +318,7 @@ def load_run(folder, device):
     state = read_checkpoint(path)
     net, diffusion = build(state["config"], state["channels"], state["num_classes"])
     restore(state, ema=net)
-    return state, net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), diffusion
+    return state, net.to(device, memory_format=LAYOUT).eval().requires_grad_(False), diffusion
 
 
 # --- the loop ---
@@ -359,7 +360,7 @@ def train(cfg):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
     net, diffusion = build(cfg, channels, num_classes)
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=LAYOUT)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
@@ -436,9 +437,8 @@ def train(cfg):
         fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
         for i in range(0, share, micro):
-            part = slice(i, i + micro)
             with model.no_sync() if ddp and i + micro < share else nullcontext(), autocast():
-                some = [x if x is None else x[part] for x in (x0, t, noise, y)]
+                some = [x if x is None else x[i:i + micro] for x in (x0, t, noise, y)]
                 loss = diffusion.loss(model, *some).sum() / share
                 scaler.scale(loss).backward()
             loss_sum += loss.detach()
