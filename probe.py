@@ -152,7 +152,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
         x0, targets = x0.float() / 127.5 - 1, targets.long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)
-        x0 = x0.contiguous(memory_format=LAYOUT)
+        x0 = x0.contiguous(memory_format=LAYOUT[device.type])
         noise = torch.randn(x0.shape, generator=g, device=device)
         if dense:
             p = torch.arange(S * S, device=device).expand(len(x0), -1)        # (n, m) places, row by row
@@ -302,7 +302,7 @@ def study(source, train, test, K, levels, args):
 def references(cfg, state, source, train, test, K, args):
     """The same study of the network as it was before training, and of the pixels themselves."""
     torch.manual_seed(mix(cfg.seed))
-    net = build(cfg, state["channels"], state["num_classes"])[0].to(source.device, memory_format=LAYOUT)
+    net, _ = build(cfg, state["channels"], state["num_classes"], source.device)
 
     def pixels(x, t, return_features):              # to classify: all of them in a row, at most 32 x 32
         side = min(32, x.shape[-1])

@@ -36,7 +36,7 @@ EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the imag
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
 VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
-LAYOUT = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format    # what is faster
+LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format)   # of images
 
 class UserError(Exception):
     """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
@@ -228,13 +228,14 @@ def pick_autocast(name, device):
         dtype = None
     return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), dtype
 
-def build(cfg, channels, num_classes):
-    """-> network, diffusion. Raises UserError where the image size does not fit the network."""
+def build(cfg, channels, num_classes, device):
+    """-> network on the device, diffusion. Raises UserError where the image size does not fit the network."""
     try:
         net_class = MODELS[cfg.model]
         net = net_class(cfg.image_size, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
     except ValueError as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
+    net = net.to(device, memory_format=LAYOUT[device.type])
     return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
 
 class Batches:
@@ -264,7 +265,7 @@ class Batches:
         if self.pool:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        x0 = (x.float() / 127.5 - 1).to(memory_format=LAYOUT)
+        x0 = (x.float() / 127.5 - 1).to(memory_format=LAYOUT[self.device.type])
         g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
@@ -316,9 +317,9 @@ def load_run(folder, device):
     path = Path(folder) / "checkpoint.pt"
     require(path.exists(), f"{path} does not exist: give the folder of a run of train.py.")
     state = read_checkpoint(path)
-    net, diffusion = build(state["config"], state["channels"], state["num_classes"])
+    net, diffusion = build(state["config"], state["channels"], state["num_classes"], device)
     restore(state, ema=net)
-    return state, net.to(device, memory_format=LAYOUT).eval().requires_grad_(False), diffusion
+    return state, net.eval().requires_grad_(False), diffusion
 
 
 # --- the loop ---
@@ -359,8 +360,7 @@ def train(cfg):
     torch.manual_seed(mix(cfg.seed))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
     channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
-    net, diffusion = build(cfg, channels, num_classes)
-    net = net.to(device, memory_format=LAYOUT)
+    net, diffusion = build(cfg, channels, num_classes, device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)

@@ -167,6 +167,11 @@ def fitted(frozen):
     return fit(frozen, list(frozen[0]))
 
 
+def objective(W, b, x, y, penalty, std=1):
+    """What a probe W (K, D), b (K,) on x (N, D) is to minimise; std (D,) where x is not standardised."""
+    return F.cross_entropy(F.linear(x, W, b), y) + penalty / 2 * (W * std).square().sum()
+
+
 def optimum(x, y, penalty, K=CLASSES):
     """The linear layer that a plain loop in float64 trains to convergence on standardised x (N, D).
 
@@ -180,7 +185,7 @@ def optimum(x, y, penalty, K=CLASSES):
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(x, V @ R, b), y) + penalty / 2 * (V @ R).square().sum()
+        value = objective(V @ R, b, x, y, penalty)
         value.backward()
         return value
     optimizer.step(loss)
@@ -203,8 +208,7 @@ def test_fit_is_converged(frozen, fitted, place, penalty):
     assert 70 < best < 95 or penalty == 1e-2
     mine, bias = (value.double() for value in fitted[place][penalty])
     assert abs(accuracy(mine, bias, raw[LEARN:], y[LEARN:]) - best) < 0.3
-    got = F.cross_entropy(F.linear(raw, mine, bias)[:LEARN], y[:LEARN])
-    assert abs(got + penalty / 2 * (mine * std).square().sum() - loss) < 1e-2 * loss
+    assert abs(objective(mine, bias, raw[:LEARN], y[:LEARN], penalty, std) - loss) < 1e-2 * loss
 
 
 @pytest.mark.parametrize("n", [20, 40, 400])
@@ -273,7 +277,7 @@ def test_outlier():
     std, mean = torch.std_mean(x.double(), 0)
     for penalty, pair in probe.fit([x], y, 2, probe.PENALTIES)[0].items():
         W, b = (value.double() for value in pair)
-        loss = F.cross_entropy(F.linear(x.double(), W, b), y) + penalty / 2 * (W * std).square().sum()
+        loss = objective(W, b, x.double(), y, penalty, std)
         best = optimum((x - mean) / std, y, penalty, 2)[2]
         assert best - 1e-6 < loss < 1.01 * best + 1e-4, penalty
 
@@ -305,7 +309,7 @@ def test_damaged_network(folders, capsys, monkeypatch, value):
     assert stamps(folders["classes"]) == before
 
 
-def test_void_is_not_learned(monkeypatch):
+def test_void_is_not_learned():
     """Pixels of no class (255) teach nothing: with other features there, the probes stay good."""
     g = torch.Generator().manual_seed(0)
     y = torch.arange(900) % 3
@@ -364,7 +368,7 @@ def test_noise(run_probe, noisings):
     assert len({image.numpy().tobytes() for image in noise}) == len(noise) == 54
 
 
-def test_test_noise_is_new(monkeypatch):
+def test_test_noise_is_new():
     """Test and held-out images have noise that no probe has learned from: from noise alone nothing is known.
 
     Here images are black and sorted by class, as in a folder; all that could be recognised is the noise.
@@ -388,9 +392,8 @@ def test_any_batch_size(task):
     source, got = fake(lambda x, t: {"a": F.avg_pool2d(x, 2), "b": x + t[:, None, None, None]}), {}
     for size in (500, 3, 1):
         items = list(probe.extract(source, part, [4, 9], options(batch_size=size)))
-        assert [item[:2] for item in items] == [
-            ("a", 4), ("b", 4), ("a", 9), ("b", 9)] * len(range(0, 7, size))
         places = [("a", 4), ("b", 4), ("a", 9), ("b", 9)]
+        assert [item[:2] for item in items] == places * len(range(0, 7, size))
         got[size] = [torch.cat([h for *here, h, _ in items if tuple(here) == place]) for place in places]
         got[size].append(torch.cat([y for *here, _, y in items if tuple(here) == places[0]]))
         assert torch.equal(got[size][-1], part.targets.flatten())
@@ -516,7 +519,7 @@ def reveal(x, t):
     return {"a": other["a"], "b": x[:, :, :1, :1] if t[0] == 30 else x[:, :, 3:, 3:], "c": other["c"]}
 
 
-def test_protocol(spied, monkeypatch):
+def test_protocol(spied):
     """Layer and t are chosen on a tenth of the training images; the test set is scored once, there."""
     train_part, test_part, args = planted(205, 1), planted(80, 2), options()
     result = probe.study(fake(reveal), train_part, test_part, 3, [10, 30, 60], args)
@@ -538,7 +541,7 @@ def test_protocol(spied, monkeypatch):
         assert (call.levels, call.layers) == ([30], ["b"])
 
 
-def test_choice_ignores_test_set(monkeypatch):
+def test_choice_ignores_test_set():
     """A test set with scrambled labels changes its own score and nothing else."""
     train_part, test_part = planted(100, 1), planted(300, 2)
     wrong = test_part._replace(targets=(test_part.targets + 1) % 3)
@@ -585,6 +588,7 @@ def test_penalty_is_chosen(monkeypatch):
         assert learned[-2:] == [([0.3, 0.2, 0.1], None), (some, [best[0]])] and asked[-1] is part
         assert result["test"] == dict(accuracy=0.8 if n == 0 else 0.7)
         scores["b", 1] = [0.1, 0.1, 0.1]
+
 
 @pytest.mark.parametrize("flags, count", [("", TRAIN), ("--images 25", 25)])
 def test_images(run_probe, spied, flags, count):
@@ -787,7 +791,7 @@ def test_compare_like_with_like(tmp_path, capsys, what, other):
 
 
 @pytest.mark.parametrize("where, kept", [("study", False), ("knn", True), ("references", True)])
-def test_memory_of_the_gpu(folders, run_probe, capsys, monkeypatch, where, kept):
+def test_memory_of_the_gpu(folders, capsys, monkeypatch, where, kept):
     """A GPU whose memory is too small is one sentence; what was found before that is kept."""
     def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -917,7 +921,7 @@ def test_references(folders, run_probe, monkeypatch, capsys):
     assert type(untrained.net) is type(trained.net) is DiT and not untrained.net.training
     torch.manual_seed(train.mix(0))
     config = SimpleNamespace(**torch.load(folders["classes"] / "checkpoint.pt")["config"])
-    first = train.build(config, 3, 10)[0].state_dict()
+    first = train.build(config, 3, 10, CPU)[0].state_dict()
     assert all(torch.equal(value, first[name]) for name, value in untrained.net.state_dict().items())
     gates = [net.proj[1].weight.detach().abs().max() for net in (untrained.net, trained.net)]
     assert gates[0] == 0 < gates[1], "it is as it was initialised"

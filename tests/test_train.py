@@ -572,7 +572,7 @@ def test_one_step(tmp_path, monkeypatch):
     state = run(tmp_path / "run", "--model unet --images 16")
     data = train.load_data("shapes", "train", 8)
     torch.manual_seed(train.mix(0))
-    net, diffusion = train.build(cfg, 3, 10)
+    net, diffusion = train.build(cfg, 3, 10, CPU)
     x0, t, noise, y = train.Batches(data, cfg, 1000, CPU)(0)
     loss = diffusion.loss(net, x0, t, noise, y).mean()
     loss.backward()
