@@ -16,6 +16,7 @@ Read from top to bottom: each class uses only what stands above it. torch is the
 
 Differs from the original by: attention through scaled_dot_product_attention, not forced to float32; one row
 more in the label table, "no class"; proj, where self_cond is on.
+Also tried: one proj a decoder block, z added once to all tokens, z behind out_2 (measured in the README).
 """
 import math
 
