@@ -1,6 +1,6 @@
 """Gaussian diffusion: the noise schedule, the training loss and one sampler for DDIM and DDPM.
 
-Below it, what a demo needs: noise from seeds, a picture of images, and a data set of ten drawn shapes.
+Below it, in this order: tools of all programs, noise from seeds, a picture of images, and the data sets.
 
 Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
@@ -12,11 +12,21 @@ Conventions, used everywhere:
 
 A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. This file knows nothing else of it.
 """
+import json
 import math
+import os
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
+import torchvision
+from PIL import ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
+from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -138,6 +148,37 @@ class GaussianDiffusion:
         return out_null + guidance * (out_y - out_null)
 
 
+# --- tools of all programs ---
+
+class UserError(Exception):
+    """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
+
+
+def require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+def say(message, file=None):          # one line on the console, from the first process only
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message, file=file)
+
+
+def save_file(path, write):
+    """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({e}), it is as it was: make room, go on (train: --resume).")
+
+
 def seeded_noise(seeds, shape):
     """-> a function that gives the next noise (n, *shape), each image from a CPU generator of its own seed.
 
@@ -158,6 +199,83 @@ def save_grid(images, file, columns):
     tiles = to_uint8(images).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = make_grid(tiles, nrow=columns, padding=4, pad_value=255)
     to_pil_image(grid).save(file, format="PNG")
+
+
+# --- data ---
+
+# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around it; or None
+Data = namedtuple("Data", "images labels masks classes")
+
+
+def load_data(spec, split, image_size=None, skip_bad=False):
+    """Data of a spec (see --data); split is "train" or "test". Raises UserError."""
+    if spec in ("cifar10", "cifar100"):
+        try:
+            found = getattr(torchvision.datasets, spec.upper())("data", split == "train", download=True)
+        except (OSError, RuntimeError) as e:        # URLError is an OSError
+            raise UserError(f"{spec} is not in ./data and could not be downloaded ({e}): go online, or use "
+                            "--data shapes (built in) or --data folder:PATH (images of yours).")
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        data = Data(images, torch.tensor(found.targets), None, found.classes)
+    elif spec.startswith("folder:"):
+        data = load_folder(Path(spec[len("folder:"):]).resolve(), split, image_size or 32, skip_bad)
+    elif spec == "random":                          # of --bench
+        g, size = torch.Generator().manual_seed(0), image_size or 32
+        images = torch.randint(256, (10_000, 3, size, size), dtype=torch.uint8, generator=g)
+        data = Data(images, torch.arange(10_000) % 10, None, [str(k) for k in range(10)])
+    else:
+        require(spec in ("shapes", "shapes:full"),
+                f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, shapes or shapes:full.")
+        n, seed = (50_000, 0) if split == "train" else (5_000, 1)
+        data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
+    if image_size and data.images.shape[-1] != image_size:
+        data = data._replace(images=resize(data.images, [image_size, image_size], antialias=True))
+    return data
+
+
+def list_folder(root, split):
+    """-> image files, labels, class names, of train/<class>/* and test or val, or of a flat folder."""
+    train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
+    part = (train if split == "train" else test) if train.is_dir() else root
+    require(part.is_dir() and (part != root or split == "train"),
+            f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
+    classes, found = ["image"], [(p, 0) for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+    if part != root:
+        classes, others = [sorted(p.name for p in d.glob("*") if p.is_dir()) for d in (train, test)]
+        extra = sorted(set(others) - set(classes))
+        require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
+        index = {name: k for k, name in enumerate(classes)}
+        found = classes and make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True)
+    require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
+
+
+def load_folder(root, split, size, skip_bad):
+    """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
+    files, labels, classes = list_folder(root, split)
+    stamp = json.dumps([[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+    cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
+    with suppress(Exception):                       # no cache yet, or a damaged one
+        if str((kept := np.load(cache))["stamp"]) == stamp:
+            return Data(torch.from_numpy(kept["images"]), labels, None, classes)
+    def decode(path):
+        try:
+            return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))      # centre crop, resize
+        except Exception as e:                      # Pillow raises many kinds for broken files
+            require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(tqdm(pool.map(decode, files), f"decoding {split}", len(files), unit="img", delay=1))
+    good = [i for i, image in enumerate(images) if image is not None]
+    require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
+    if len(good) < len(files):
+        say(f"left out {len(files) - len(good)} unreadable images of {root}")
+    images = torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2).contiguous()
+    try:
+        if len(good) == len(files):
+            save_file(cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp))
+    except UserError as e:
+        say(f"these images will be decoded again next time: {e}")
+    return Data(images, labels[good], None, classes)
 
 
 # --- a data set without a download: ten shapes, drawn by their signed distance functions ---

@@ -202,6 +202,11 @@ class DiT(nn.Module):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
+    @property
+    def parts(self):
+        """What there is to compile, one by one."""
+        return [*self.blocks, self.final]
+
     def encoder(self, x, t, y=None, feats=None):
         """Everything up to the bottleneck -> its features h (B, D, h, w), conditioning c (B, D)."""
         if y is not None and not self.num_classes:

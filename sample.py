@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from diffusion import save_grid, seeded_noise, to_uint8
-from train import GUIDANCE, command, load_data, load_run, pick_autocast, require, save_file, say, setup
+from diffusion import load_data, require, save_file, save_grid, say, seeded_noise, to_uint8
+from train import GUIDANCE, command, load_run, pick_autocast, setup
 
 
 def parse(argv):

@@ -7,24 +7,23 @@ Lengths are in images and the batch size is global: more GPUs are faster, the ex
 randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
 """
-import argparse, copy, json, math, os, platform, subprocess, sys, time  # noqa: E401
-from collections import namedtuple
+import argparse, copy, json, math, os, platform, statistics, subprocess, sys, time  # noqa: E401
+START = time.time()       # before torch is imported: --bench counts from here to the first step
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
-from PIL import ImageOps
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
-from torchvision.transforms.functional import resize
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusion import SCHEDULES, TARGETS, GaussianDiffusion, draw_shapes, save_grid, seeded_noise
+from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, load_data, require, save_file,
+                       save_grid, say, seeded_noise)
 from dit_selfcond import DiT
 from unet_selfcond import UNet
 from uvit_selfcond import UViT
@@ -34,24 +33,14 @@ LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guida
 CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
+PEAK = dict(A100=312, H100=989, H200=989)     # dense bf16 TFLOP/s, by the vendor
 VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
 LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format)   # of images
 
-class UserError(Exception):
-    """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
-
-def require(ok, message):
-    if not ok:
-        raise UserError(message)
-
 def mix(*numbers):
     """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-def say(message, file=None):          # one line on the console, from the first process only
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message, file=file)
 
 def command(body):
     """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
@@ -99,6 +88,7 @@ class Config:
     precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
     compile: bool = flag(True, "torch.compile, where CUDA and Triton are [on]")
     skip_bad: bool = flag(False, "leave out unreadable images of a folder")
+    bench: bool = flag(False, "measure the speed for some seconds, on random images; writes nothing")
 
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
@@ -132,76 +122,6 @@ def parse_config(argv=None):
     return cfg
 
 
-# --- data ---
-
-# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around it; or None
-Data = namedtuple("Data", "images labels masks classes")
-
-def load_data(spec, split, image_size=None, skip_bad=False):
-    """Data of a spec (see --data); split is "train" or "test". Raises UserError."""
-    if spec in ("cifar10", "cifar100"):
-        try:
-            found = getattr(torchvision.datasets, spec.upper())("data", split == "train", download=True)
-        except (OSError, RuntimeError) as e:        # URLError is an OSError
-            raise UserError(f"{spec} is not in ./data and could not be downloaded ({e}): go online, or use "
-                            "--data shapes (built in) or --data folder:PATH (images of yours).")
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        data = Data(images, torch.tensor(found.targets), None, found.classes)
-    elif spec.startswith("folder:"):
-        data = load_folder(Path(spec[len("folder:"):]).resolve(), split, image_size or 32, skip_bad)
-    else:
-        require(spec in ("shapes", "shapes:full"),
-                f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, shapes or shapes:full.")
-        n, seed = (50_000, 0) if split == "train" else (5_000, 1)
-        data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
-    if image_size and data.images.shape[-1] != image_size:
-        data = data._replace(images=resize(data.images, [image_size, image_size], antialias=True))
-    return data
-
-def list_folder(root, split):
-    """-> image files, labels, class names, of train/<class>/* and test or val, or of a flat folder."""
-    train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
-    part = (train if split == "train" else test) if train.is_dir() else root
-    require(part.is_dir() and (part != root or split == "train"),
-            f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
-    classes, found = ["image"], [(p, 0) for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
-    if part != root:
-        classes, others = [sorted(p.name for p in d.glob("*") if p.is_dir()) for d in (train, test)]
-        extra = sorted(set(others) - set(classes))
-        require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
-        index = {name: k for k, name in enumerate(classes)}
-        found = classes and make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True)
-    require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
-    return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
-
-def load_folder(root, split, size, skip_bad):
-    """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
-    files, labels, classes = list_folder(root, split)
-    stamp = json.dumps([[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
-    cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
-    with suppress(Exception):                       # no cache yet, or a damaged one
-        if str((kept := np.load(cache))["stamp"]) == stamp:
-            return Data(torch.from_numpy(kept["images"]), labels, None, classes)
-    def decode(path):
-        try:
-            return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))      # centre crop, resize
-        except Exception as e:                      # Pillow raises many kinds for broken files
-            require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(tqdm(pool.map(decode, files), f"decoding {split}", len(files), unit="img", delay=1))
-    good = [i for i, image in enumerate(images) if image is not None]
-    require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
-    if len(good) < len(files):
-        say(f"left out {len(files) - len(good)} unreadable images of {root}")
-    images = torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2).contiguous()
-    try:
-        if len(good) == len(files):
-            save_file(cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp))
-    except UserError as e:
-        say(f"these images will be decoded again next time: {e}")
-    return Data(images, labels[good], None, classes)
-
-
 # --- pieces of the loop ---
 
 def setup(name=None):
@@ -226,7 +146,24 @@ def pick_autocast(name, device):
     except Exception as e:
         say(f"{name} does not work on {device} ({e}): going on in fp32")
         dtype = None
-    return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), dtype
+    # no cache: each weight is used once, and CUDA graphs forbid it
+    return lambda: torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext(), dtype
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm by the moments of each channel; takes its place on CUDA, in channels_last.
+
+    There nn.GroupNorm, compiled or not, copies every map into the other layout and back: a fifth of a step of
+    the UNet. On a CPU it is the faster one.
+    """
+
+    def forward(self, x):
+        x = x.to(self.weight.dtype)
+        m = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])     # (2, B, C)
+        m = m.unflatten(2, (self.num_groups, -1))                      # (2, B, G, C / G)
+        mean, square = m.mean(3, keepdim=True).expand_as(m).flatten(2)
+        scale = self.weight * (square - mean.square() + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return x * scale[:, :, None, None] + shift[:, :, None, None]
 
 def build(cfg, channels, num_classes, device):
     """-> network on the device, diffusion. Raises UserError where the image size does not fit the network."""
@@ -236,6 +173,9 @@ def build(cfg, channels, num_classes, device):
     except ValueError as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
     net = net.to(device, memory_format=LAYOUT[device.type])
+    for m in net.modules():
+        if type(m) is nn.GroupNorm and device.type == "cuda":
+            m.__class__ = GroupNorm
     return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
 
 class Batches:
@@ -281,20 +221,6 @@ def update_ema(ema, net, cfg, images):
     beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * images))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
-def save_file(path, write):
-    """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({e}), it is as it was: make room, go on (train: --resume).")
-
 def read_checkpoint(path):
     """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
     try:
@@ -322,9 +248,24 @@ def load_run(folder, device):
     return state, net.eval().requires_grad_(False), diffusion
 
 
+def report(cfg, speed, flops, ready, world, chip, dtype):
+    """What --bench says: images/s, FLOPs per image, seconds to the first step."""
+    rate = speed * flops / 1e12                                        # TFLOP/s
+    peak = [world * value for name, value in PEAK.items() if name in chip and dtype]
+    memory = torch.cuda.max_memory_allocated() / 1e9
+    say(f"{cfg.model} {cfg.size}, batch {cfg.batch_size}, {world} x {chip}, {dtype or torch.float32}, "
+        f"{VERSIONS}\n{speed:,.0f} images/s, {1000 * cfg.batch_size / speed:.1f} ms a step\n"
+        f"{flops / 1e9:.2f} GFLOPs an image: {rate:.2f} TFLOP/s"
+        + "".join(f", {100 * rate / value:.0f} % of the {value} that the device can do" for value in peak)
+        + f"\n{ready:.1f} s from the start to the end of the first step"
+        + f"\n{memory:.1f} GB of the device's memory" * (memory > 0))
+
 # --- the loop ---
 
 def train(cfg):
+    if cfg.bench:                                          # one record to warm up, three to measure
+        cfg.images, cfg.minutes, cfg.data = 4 * LOG_STEPS * cfg.batch_size, None, "random"
+        cfg.save_every = cfg.sample_every = sys.maxsize    # never
     out, path, log = (Path(cfg.out) / name for name in ("", "checkpoint.pt", "log.jsonl"))
     device, rank, world = setup(cfg.device)
     first, ddp, share = rank == 0, dist.is_initialized(), cfg.batch_size // world     # share: of this process
@@ -334,9 +275,9 @@ def train(cfg):
     require(cfg.batch_size % world == 0,
             f"--batch-size {cfg.batch_size} is not divisible by the {world} processes: use a multiple.")
     require(share % micro == 0, f"--micro-batch {micro} does not divide a process's {share}: use a divisor.")
-    require(cfg.resume or not out.exists() or out.is_dir() and not any(out.iterdir()),
+    require(cfg.resume or cfg.bench or not out.exists() or out.is_dir() and not any(out.iterdir()),
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
-    state = read_checkpoint(path) if path.exists() else None
+    state = read_checkpoint(path) if path.exists() and not cfg.bench else None
     wrong, load = [None], lambda: load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad)
     if first:
         try:
@@ -370,14 +311,21 @@ def train(cfg):
     if state:
         restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
         images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]
+    batches = Batches(data, cfg, diffusion.T, device, rank, world)
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
-        for block in net.blocks:                           # in place, so that parameters keep their names
-            block.compile()
+        for part in net.parts:                             # in place, so that parameters keep their names
+            part.compile()
+        # a step has up to 2,000 kernels, and the host launches them slower than they run: CUDA graphs need no host
+        x0, t, _, y = batches(0)
+        some = [x for x in (x0, t, y) if x is not None]
+        with autocast():
+            torch.cuda.make_graphed_callables(net, tuple(x[:micro].clone() for x in some))
+        for p in net.parameters():                         # else p.grad would be memory of the graph
+            p.grad = torch.zeros_like(p)
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
-    model = DistributedDataParallel(net) if ddp else net
-    batches = Batches(data, cfg, diffusion.T, device, rank, world)
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if ddp else net
     count = sum(p.numel() for p in net.parameters())
 
     def mean_loss():                                       # since the last log point, over all processes
@@ -416,10 +364,11 @@ def train(cfg):
             dist.broadcast(late, 0)
         return bool(late) or bool(cfg.images) and images >= cfg.images
 
-    if first:
+    writes = first and not cfg.bench
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    if writes:
         git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=Path(__file__).parent,
                              capture_output=True)
-        chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
                     versions=VERSIONS, commit=git.stdout.decode().strip())
         save_file(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
@@ -429,7 +378,7 @@ def train(cfg):
     say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
     logged, logged_time = images, time.time()
     bar = tqdm(total=cfg.images, initial=images, unit="img", unit_scale=True, disable=not first)
-    done = over()
+    done, speeds = over(), []
     while not done:
         step = images // cfg.batch_size
         x0, t, noise, y = batches(step)
@@ -447,19 +396,23 @@ def train(cfg):
         loss_sum += 0 * norm if dtype != torch.float16 else 0          # NaN as it is; in fp16 it is skipped
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         images, loss_count = images + cfg.batch_size, loss_count + 1
         update_ema(ema, net, cfg, images)
         done = over()
         bar.update(cfg.batch_size)
+        if cfg.bench and images == cfg.batch_size:
+            loss_sum.item()                                            # waits for the device
+            ready = time.time() - START
         if loss_count == LOG_STEPS or done:
             speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
             record = dict(images=images, loss=mean_loss(), lr=lr, images_per_second=round(speed, 1),
                           seconds=round(seconds, 1))
             bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
-            if first:
+            if writes:
                 lines.append(json.dumps(record))
                 save_log()
+            speeds.append(speed)
             if loss_count == LOG_STEPS:
                 loss_sum, loss_count, logged, logged_time = torch.zeros_like(loss_sum), 0, images, time.time()
         if images // cfg.save_every > (images - cfg.batch_size) // cfg.save_every and not done:
@@ -467,6 +420,12 @@ def train(cfg):
         if images // cfg.sample_every > (images - cfg.batch_size) // cfg.sample_every and not done:
             draw()
     bar.close()
+    if cfg.bench:
+        with FlopCounterMode(display=False) as counter, autocast():    # of the network that is not compiled
+            some = [x if x is None else x[:1] for x in (x0, t, noise, y)]
+            diffusion.loss(ema.requires_grad_(), *some).sum().backward()
+        speed, flops = statistics.median(speeds[1:]), counter.get_total_flops()
+        return report(cfg, speed, flops, ready, world, chip, dtype)
     save()
     draw()
     say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "

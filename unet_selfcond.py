@@ -65,7 +65,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Residual block, its conditioning c added between the two convolutions; then attention, if any.
 
-    I, O: channels in and out; E: width of the conditioning embedding.
+    In the decoder x comes with a skip. I, O: channels in (of both) and out; E: width of c.
     """
 
     def __init__(self, dim_in, dim_out, dim_c, dropout, attention):
@@ -79,7 +79,9 @@ class Block(nn.Module):
         self.embed = nn.Linear(dim_c, dim_out)
         self.attention = Attention(dim_out) if attention else nn.Identity()
 
-    def forward(self, x, c):
+    def forward(self, x, c, skip=None):
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)                                  # (B, I, H, W)
         h = self.conv1(F.silu(self.norm1(x)))                                # (B, I, H, W) -> (B, O, H, W)
         h = h + self.embed(F.silu(c))[:, :, None, None]                      # (B, E) -> (B, O, 1, 1)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))                  # (B, O, H, W)
@@ -158,8 +160,7 @@ class UNet(nn.Module):
             level.append(Upsample(d) if i else nn.Identity())
             self.up.append(level)
 
-        self.norm_out = nn.GroupNorm(8, width)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        self.end = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
 
         # last, so that the baseline's random initialisation is the same with and without
         if self_cond:
@@ -170,8 +171,13 @@ class UNet(nn.Module):
 
     @property
     def blocks(self):
-        """All residual blocks in depth order: what there is to compile."""
+        """All residual blocks in depth order."""
         return [m for m in self.modules() if isinstance(m, Block)]
+
+    @property
+    def parts(self):
+        """What there is to compile, one by one: all but single convolutions and the embeddings."""
+        return [*(m for m in self.modules() if isinstance(m, (Block, Upsample))), self.end]
 
     def encoder(self, x, t, y=None, feats=None):
         """Everything up to the bottleneck -> its features h (B, D, h, w), conditioning c (B, E), skips."""
@@ -198,10 +204,10 @@ class UNet(nn.Module):
         n = 0
         for *blocks, upsample in self.up:
             for n, block in enumerate(blocks, n + 1):
-                h = block(torch.cat([h, skips.pop()], dim=1), c)             # (B, dims[i], H / 2^i, W / 2^i)
+                h = block(h, c, skips.pop())                                 # (B, dims[i], H / 2^i, W / 2^i)
                 keep(feats, f"out_{n}", h)
             h = upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))                       # (B, dim, H, W) -> (B, C, H, W)
+        return self.end(h)                                                   # (B, dim, H, W) -> (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).

@@ -171,8 +171,13 @@ class UViT(nn.Module):
 
     @property
     def blocks(self):
-        """All transformer blocks in depth order: what there is to compile."""
+        """All transformer blocks in depth order."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    @property
+    def parts(self):
+        """What there is to compile, one by one."""
+        return self.blocks
 
     def to_map(self, x):
         """All tokens (B, extras + N, D) -> feature map (B, D, h, w) of the patch tokens."""

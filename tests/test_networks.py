@@ -193,7 +193,7 @@ def test_reroutes_to_all_later_layers(name, classes):
     net, log = perturb(build(name, classes), proj=True), []
     later = [*net.blocks[ENCODER_BLOCKS[name]:]] + ([net.final] if name == "dit" else [])
     earlier = [m for m in net.blocks if m not in later]
-    record([*earlier, *later], log, take=lambda args, out: args[-1])
+    record([*earlier, *later], log, take=lambda args, out: args[-1 if name == "uvit" else 1])
     _, feats = net(*inputs(net), return_features=True)
     assert len(log) == len(earlier) + len(later) and later
     z = feats[net.bottleneck].mean((2, 3))
@@ -292,7 +292,7 @@ def test_encode(name, classes, self_cond):
     """encode is the mean over space of the bottleneck's features, and runs no block behind it."""
     net, log = perturb(build(name, classes, self_cond=self_cond), proj=True), []
     _, feats = net(*inputs(net), return_features=True)
-    tail = [m for key in ("final", "norm_out", "linear_out", "conv_out") if (m := getattr(net, key, None))]
+    tail = [m for key in ("final", "end", "norm_out", "linear_out") if (m := getattr(net, key, None))]
     for i, m in enumerate([*net.blocks, *tail]):
         m.register_forward_hook(lambda module, args, out, i=i: log.append(i))
     z = net.encode(*inputs(net))
@@ -525,7 +525,7 @@ def test_entry_and_exit(name, classes):
     last, sinusoid = [*feats.values()][-1], MODULES[name].sinusoid
     label = net.label_embed.weight[y[0]] if classes else 0
     if name == "unet":
-        stem, expected = net.conv_in(x), net.conv_out(nn.functional.silu(net.norm_out(last)))
+        stem, expected = net.conv_in(x), net.end(last)
     else:
         patches, tokens = (h.flatten(2).transpose(1, 2) for h in (net.patch_embed(x), last))
         if name == "uvit":
@@ -547,7 +547,7 @@ def test_layers_follow_each_other(name):
     if name == "unet":
         down, up = ([m for level in levels for m in level if not isinstance(m, nn.Identity)]
                     for levels in (net.down, net.up))
-        layers = [net.conv_in, *down, *net.mid, *up, net.norm_out]
+        layers = [net.conv_in, *down, *net.mid, *up, net.end]
         sources, sinks = [net.conv_in, *down], [m for m in up if m in net.blocks]
     else:
         layers = [*net.blocks, net.norm_out if name == "uvit" else net.final]
@@ -556,12 +556,12 @@ def test_layers_follow_each_other(name):
     net(*inputs(net))
     assert len(log) == len(layers)
     for (_, made), (args, _) in zip(log, log[1:]):
-        assert torch.equal(args[0][:, :made.shape[1]], made)               # the UNet's skips come behind
+        assert torch.equal(args[0], made)
     entered = {m: args for m, (args, _) in zip(layers, log)}
     made = {m: out for m, (_, out) in zip(layers, log)}
     assert len(sources) == len(sinks) == {"unet": 6, "uvit": 2, "dit": 0}[name]
     for source, sink in zip(sources, reversed(sinks)):
-        skip = entered[sink][0][:, -32:] if name == "unet" else entered[sink][1]
+        skip = entered[sink][2 if name == "unet" else 1]
         assert torch.equal(skip, made[source])
 
 

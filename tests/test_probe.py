@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
+import diffusion
 import probe
 import train
 from diffusion import GaussianDiffusion, draw_shapes
@@ -66,7 +67,7 @@ def accuracy(W, b, x, y):
 def small(tmp_path_factory):
     """Few shapes, short training of probes, for the whole module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_shapes", few_shapes)
+        patch.setattr(diffusion, "draw_shapes", few_shapes)
         yield patch
 
 
@@ -977,7 +978,7 @@ def give(monkeypatch):
     """give(images, ...): what load_data returns from now on."""
     def give(images, labels=None, masks=None, classes=("a", "b")):
         monkeypatch.setattr(probe, "load_data",
-                            lambda *args: train.Data(images, labels, masks, list(classes)))
+                            lambda *args: diffusion.Data(images, labels, masks, list(classes)))
     return give
 
 

@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
+import diffusion
 import probe
 import sample
 import train
@@ -91,7 +92,7 @@ def place(tmp_path_factory):
 @pytest.fixture
 def small(place, monkeypatch):
     """What takes long or is not here is replaced by something small; place is the working directory."""
-    load_folder, steps, find_spec = train.load_folder, GaussianDiffusion.sample, importlib.util.find_spec
+    load_folder, steps, find_spec = diffusion.load_folder, GaussianDiffusion.sample, importlib.util.find_spec
 
     def two_steps(self, net, noise, y=None, **kwargs):
         return steps(self, net, noise[:4], y if y is None else y[:4], **{**kwargs, "steps": 2})
@@ -101,8 +102,8 @@ def small(place, monkeypatch):
         monkeypatch.setattr(net, "SIZES", {size: {**kwargs, **less} for size, kwargs in net.SIZES.items()})
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Cifar)
-    monkeypatch.setattr(train, "draw_shapes", lambda n, *args, **kwargs: draw_shapes(20, *args, **kwargs))
-    monkeypatch.setattr(train, "load_folder", lambda root, *args: load_folder(place / "photos", *args))
+    monkeypatch.setattr(diffusion, "draw_shapes", lambda n, *args, **kwargs: draw_shapes(20, *args, **kwargs))
+    monkeypatch.setattr(diffusion, "load_folder", lambda root, *args: load_folder(place / "photos", *args))
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
     monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
@@ -311,7 +312,7 @@ def test_exercise_data(tmp_path):
     """Exercise 5: an .npz of images and labels is a data set."""
     images, labels, _, _ = draw_shapes(20, 0, 16)
     np.savez(tmp_path / "mine.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    data = patched("train.py", "npz:").load_data(f"npz:{tmp_path}/mine.npz", "train")
+    data = patched("diffusion.py", "npz:").load_data(f"npz:{tmp_path}/mine.npz", "train")
     assert torch.equal(data.images, images) and torch.equal(data.labels, labels) and len(data.classes) == 10
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import diffusion
 import sample
 import train
 from diffusion import GaussianDiffusion, draw_shapes
@@ -76,7 +77,7 @@ def stamps(folder):
 def folders(tmp_path_factory):
     """Two runs, trained for two steps: "classes", a UNet, and "free", a DiT without classes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_shapes", few_shapes)
+        patch.setattr(diffusion, "draw_shapes", few_shapes)
         runs = dict(classes="unet", free="dit --no-conditional --schedule linear")
         return {name: small_run(tmp_path_factory.mktemp("runs") / name, flags, ["ema"])
                 for name, flags in runs.items()}
@@ -407,7 +408,7 @@ def fid(inception, folders, monkeypatch, capsys):
     """fid(flags) -> the value that sample.py prints; the training set is the few images of the run."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
     monkeypatch.setattr(Inception, "get_default_feature_layer_for_metric", lambda metric: "64")
-    monkeypatch.setattr(train, "draw_shapes", few_shapes)
+    monkeypatch.setattr(diffusion, "draw_shapes", few_shapes)
 
     def fid(flags):
         capsys.readouterr()
@@ -484,7 +485,7 @@ def test_fid_weights_broken(folders, inception, capsys, monkeypatch, tmp_path, b
         raise URLError("Name or service not known")
     extractor = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(extractor, "load_state_dict_from_url", offline)
-    monkeypatch.setattr(train, "draw_shapes", few_shapes)
+    monkeypatch.setattr(diffusion, "draw_shapes", few_shapes)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     argv = [str(folders["free"]), *"--fid --n 2 --steps 1 --device cpu".split()]
     if broken == "file":

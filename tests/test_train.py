@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from errno import ENOSPC
@@ -22,6 +23,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+import diffusion
 import train
 
 ROOT = Path(train.__file__).parent
@@ -34,8 +36,8 @@ each_model = pytest.mark.parametrize("model", train.MODELS)
 
 def speed_up(monkeypatch):
     """400 drawn shapes instead of 50,000; previews in 2 steps instead of 50."""
-    draw, sample = train.draw_shapes, train.GaussianDiffusion.sample
-    monkeypatch.setattr(train, "draw_shapes", lambda n, *args, **kw: draw(min(n, 400), *args, **kw))
+    draw, sample = diffusion.draw_shapes, train.GaussianDiffusion.sample
+    monkeypatch.setattr(diffusion, "draw_shapes", lambda n, *args, **kw: draw(min(n, 400), *args, **kw))
     monkeypatch.setattr(train.GaussianDiffusion, "sample", partialmethod(sample, steps=2))
 
 
@@ -169,7 +171,7 @@ def test_help(capsys, monkeypatch):
     assert not stop.value.code
     for name in """model size data image-size out images minutes batch-size micro-batch lr warmup decay ema
                    save-every sample-every resume conditional no-self-cond target schedule seed device
-                   precision no-compile skip-bad""".split():
+                   precision no-compile skip-bad bench""".split():
         assert re.search(rf"--{name}\b", text), name
     for f in fields(train.Config):
         assert "--" + f.name.replace("_", "-") in text
@@ -180,7 +182,7 @@ FLAGS = {"model": "uvit", "size": "small", "data": "shapes", "image_size": 24, "
          "minutes": 0.5, "batch_size": 3, "micro_batch": 1, "lr": 0.25, "warmup": 11, "decay": 12, "ema": 13,
          "save_every": 14, "sample_every": 15, "resume": True, "conditional": True, "self_cond": False,
          "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu", "precision": "bf16",
-         "compile": False, "skip_bad": True}
+         "compile": False, "skip_bad": True, "bench": True}
 
 
 def test_flags():
@@ -233,7 +235,7 @@ SHAPES = ["circle", "ring", "square", "bar", "triangle", "cross", "star", "heart
 @pytest.mark.parametrize("size", [None, 16, 32])
 def test_shapes(spec, size):
     """Drawn shapes: uint8, ten classes, 16 px unless asked, the same again, other ones in the test split."""
-    data, again, test = (train.load_data(spec, split, size) for split in ("train", "train", "test"))
+    data, again, test = (diffusion.load_data(spec, split, size) for split in ("train", "train", "test"))
     side = size or 16
     assert data.images.shape == (400, 3, side, side) and data.masks.shape == (400, side, side)
     assert data.images.dtype == data.masks.dtype == torch.uint8 and data.labels.dtype == torch.int64
@@ -241,14 +243,14 @@ def test_shapes(spec, size):
     assert all(map(torch.equal, data[:3], again[:3]))
     assert torch.equal(data.labels, test.labels)
     assert (data.images != test.images).flatten(1).any(1).all()
-    other = train.load_data("shapes" if ":" in spec else "shapes:full", "train", size)
+    other = diffusion.load_data("shapes" if ":" in spec else "shapes:full", "train", size)
     assert (data.images != other.images).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("size", [16, 32])
 def test_masks(size):
     """A mask is its image's class + 1 where the image is bright, 0 where it is dark."""
-    data = train.load_data("shapes", "train", size)
+    data = diffusion.load_data("shapes", "train", size)
     inside = data.masks > 0
     assert torch.equal(data.masks.long(), inside * (data.labels + 1)[:, None, None])
     bright = data.images.amax(1) > 0.53 * 255        # half between the ground's 0.11 and the colours' 0.95
@@ -261,7 +263,7 @@ def test_masks(size):
 
 def test_shapes_differ():
     """No two of the ten classes look alike: the nearest of 400 masks tells every one of them apart."""
-    (_, k, a, _), (_, truth, b, _) = (train.load_data("shapes", split, 16) for split in ("train", "test"))
+    (_, k, a, _), (_, truth, b, _) = (diffusion.load_data("shapes", split, 16) for split in ("train", "test"))
     nearest = torch.cdist((b > 0).float().flatten(1), (a > 0).float().flatten(1)).argmin(1)
     right = (k[nearest] == truth).float()
     assert min(right[truth == c].mean().item() for c in range(10)) > 0.7          # by chance: 0.1
@@ -274,7 +276,7 @@ def test_folder(tmp_path, other):
                                 ("train", "a", "grey"), (other, "c", "green"), (other, "b", "blue")):
         picture(tmp_path / "photos" / split / name / f"{colour}.png", colour)
     (tmp_path / "photos/train/a/notes.txt").write_text("no image")
-    data, test = (train.load_data(f"folder:{tmp_path}/photos", split, 8) for split in ("train", "test"))
+    data, test = (diffusion.load_data(f"folder:{tmp_path}/photos", split, 8) for split in ("train", "test"))
     for found, colours, labels in ((data, ["grey", "red", "blue", "green"], [0, 0, 1, 2]),
                                    (test, ["blue", "green"], [1, 2])):
         assert found.classes == ["a", "b", "c"] and found.labels.tolist() == labels and found.masks is None
@@ -286,12 +288,12 @@ def test_flat_folder(tmp_path):
     """A folder of images alone is one class, in order of the names; 32 px unless asked; no test split."""
     for name, colour in (("2.PNG", "red"), ("1.jpeg", "grey"), ("3.webp", "grey")):
         picture(tmp_path / "photos" / name, colour)
-    data = train.load_data(f"folder:{tmp_path}/photos", "train")
+    data = diffusion.load_data(f"folder:{tmp_path}/photos", "train")
     assert data.classes == ["image"] and data.labels.tolist() == [0, 0, 0]
     assert data.images.shape == (3, 3, 32, 32)
     assert (data.images[:, :, 9, 9] - torch.tensor([[90.] * 3, [255, 0, 0], [90] * 3])).abs().max() <= 2
-    with pytest.raises(train.UserError, match="test"):
-        train.load_data(f"folder:{tmp_path}/photos", "test")
+    with pytest.raises(diffusion.UserError, match="test"):
+        diffusion.load_data(f"folder:{tmp_path}/photos", "test")
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "png"), ("LA", "png"), ("P", "png"),
@@ -302,7 +304,7 @@ def test_any_image(tmp_path, mode, suffix, size):
     colours = ("red", "grey" if mode in ("L", "LA") else "green", "blue")
     picture(tmp_path / f"image.{suffix}", *colours, size=size, mode=mode)
     assert Image.open(tmp_path / f"image.{suffix}").mode == mode
-    image = train.load_data(f"folder:{tmp_path}", "train", 8).images[0].int()
+    image = diffusion.load_data(f"folder:{tmp_path}", "train", 8).images[0].int()
     assert image.shape == (3, 8, 8)
     middle = image[:, :, 2:6] if size[0] > size[1] else image[:, 2:6]
     expected = torch.tensor(COLOURS[colours[1]])[:, None, None]
@@ -312,8 +314,9 @@ def test_any_image(tmp_path, mode, suffix, size):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the image files that were decoded."""
-    names, loader = [], train.pil_loader
-    monkeypatch.setattr(train, "pil_loader", lambda path: (names.append(Path(path).name), loader(path))[1])
+    names, loader = [], diffusion.pil_loader
+    monkeypatch.setattr(diffusion, "pil_loader",
+                        lambda path: (names.append(Path(path).name), loader(path))[1])
     return names
 
 
@@ -327,7 +330,7 @@ def test_cache(tmp_path, decoded):
 
     def look(expected, split="train", size=8):
         decoded.clear()
-        data = train.load_data(f"folder:{root}", split, size)
+        data = diffusion.load_data(f"folder:{root}", split, size)
         assert sorted(decoded) == [f"{name}.bmp" for name in expected]
         return data
 
@@ -354,7 +357,7 @@ def test_damaged_cache(tmp_path, decoded):
     picture(tmp_path / "photos/1.png", "red")
     (tmp_path / "photos-train-8px.npz").write_bytes(b"PK not an archive")
     for _ in range(2):
-        assert train.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
+        assert diffusion.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
     assert decoded == ["1.png"]
 
 
@@ -365,9 +368,9 @@ def test_no_cache(tmp_path, decoded, monkeypatch, capsys):
 
     def read_only(path, mode="r"):
         raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(train, "open", read_only, raising=False)
+    monkeypatch.setattr(diffusion, "open", read_only, raising=False)
     for _ in range(2):
-        assert train.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
+        assert diffusion.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
         assert "Permission denied" in (out := capsys.readouterr().out) and out.count("\n") == 1
     assert decoded == ["1.png"] * 2 and tree(tmp_path) == before
 
@@ -380,13 +383,13 @@ def test_skip_bad(tmp_path, capsys):
     torn.write_bytes(torn.read_bytes()[:40])
     empty.write_bytes(b"")
     spec = f"folder:{tmp_path}/photos"
-    data = train.load_data(spec, "train", 8, skip_bad=True)
+    data = diffusion.load_data(spec, "train", 8, skip_bad=True)
     assert "left out 2" in capsys.readouterr().out
     assert data.labels.tolist() == [0] * 8 + [1] * 8
     assert (data.images[:, 0, 0, 0] == 255).long().equal(data.labels)
     assert run(tmp_path / "run", "--skip-bad --images 16", "--data", spec)["images"] == 16
-    with pytest.raises(train.UserError, match="0[45].png"):
-        train.load_data(spec, "train", 8)
+    with pytest.raises(diffusion.UserError, match="0[45].png"):
+        diffusion.load_data(spec, "train", 8)
 
 
 def stand_in(monkeypatch, spec):
@@ -423,10 +426,10 @@ def test_cifar(tmp_path, monkeypatch, spec):
     """
     monkeypatch.chdir(tmp_path)
     for split, (images, labels, names) in stand_in(monkeypatch, spec).items():
-        data = train.load_data(spec, split)
+        data = diffusion.load_data(spec, split)
         assert torch.equal(data.images, images) and data.images.is_contiguous()
         assert torch.equal(data.labels, labels) and data.classes == names and data.masks is None
-        small = train.load_data(spec, split, 16).images
+        small = diffusion.load_data(spec, split, 16).images
         halved = images.float().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5))
         assert small.dtype == torch.uint8 and small.shape[2:] == (16, 16)
         assert (small.float() - halved).abs().mean() < 16          # picked, not averaged: 32
@@ -444,7 +447,7 @@ def noise_data():
     """40 images of noise, no two alike, none its own mirror image."""
     images = torch.randint(256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = 0, 255
-    return train.Data(images, torch.arange(40) % 10, None, SHAPES)
+    return diffusion.Data(images, torch.arange(40) % 10, None, SHAPES)
 
 
 CPU = torch.device("cpu")
@@ -882,7 +885,7 @@ def test_processes_and_batch(tmp_path, monkeypatch, capsys):
         train.main(argv(tmp_path / "run", "--batch-size 15 --micro-batch 2"))
     assert tree(tmp_path) == {}
     monkeypatch.setenv("RANK", "1")
-    train.say("not said"), train.say("not said", file=sys.stderr)
+    diffusion.say("not said"), diffusion.say("not said", file=sys.stderr)
     assert capsys.readouterr() == ("", "")
 
 
@@ -1132,7 +1135,7 @@ def test_log_not_writable(old_run, capsys, monkeypatch):
         if "log.jsonl" in path.name:
             raise OSError(ENOSPC, "No space left on device")
         return open(path, mode)
-    monkeypatch.setattr(train, "open", full, raising=False)
+    monkeypatch.setattr(diffusion, "open", full, raising=False)
     with refused(capsys, "No space left", str(old_run / "log.jsonl"), late=True):
         train.main(argv(old_run, "--resume --images 64"))
     assert load(old_run)["images"] == 32
@@ -1236,6 +1239,73 @@ def test_compile_is_off(tmp_path, capsys):
     assert capsys.readouterr().out.count("torch.compile is off") == 1
     run(tmp_path / "b", "--images 16 --no-compile")
     assert "torch.compile" not in capsys.readouterr().out
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
+@each_model
+def test_compiled(tmp_path, monkeypatch, model):
+    """Compiled blocks in CUDA graphs train like the eager network, also where gradients are accumulated."""
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    flags = f"--model {model} --device cuda --precision fp32 --image-size 16 --ema 1 {MOVES}"
+    runs = dict(eager="--no-compile", compiled="--compile", parts="--compile --micro-batch 4")
+    found = {name: run(tmp_path / name, f"{flags} {more}") for name, more in runs.items()}
+    assert len(losses(tmp_path / "eager")) == 4
+    for name in ("compiled", "parts"):
+        assert error(moments(found[name]), moments(found["eager"])) < 1e-4
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "eager"), abs=1e-3)
+
+
+def test_group_norm():
+    """train.GroupNorm has the values and gradients of nn.GroupNorm, whose place it takes on CUDA only."""
+    torch.manual_seed(0)
+    norm, x = torch.nn.GroupNorm(4, 12), 3 * torch.randn(2, 12, 5, 5) + 2
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-13)):
+        found = []
+        for cls in (torch.nn.GroupNorm, train.GroupNorm):
+            norm.__class__, h = cls, x.to(dtype).requires_grad_()
+            out = norm.to(dtype)(h)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [h, norm.weight, norm.bias])])
+        for a, b in zip(*found):
+            assert a.dtype == b.dtype == dtype and (a - b).abs().max() < tolerance * max(1, b.abs().max())
+    assert norm.float()(x.bfloat16()).dtype == torch.float32               # no mean is taken in bf16
+    kinds = {type(m) for m in train.build(config("--model unet"), 3, 0, CPU)[0].modules()}
+    assert torch.nn.GroupNorm in kinds and train.GroupNorm not in kinds
+
+
+# --- --bench ---
+
+@each_model
+def test_bench(tmp_path, capsys, model):
+    """--bench says images/s, ms, FLOPs and seconds, and leaves the run's folder as it is."""
+    run(tmp_path / "run", f"--model {model} --images 16")
+    before = tree(tmp_path)
+    capsys.readouterr()
+    start = time.time()
+    train.main(argv(tmp_path / "run", f"--model {model} --bench"))
+    said, took = capsys.readouterr().out, time.time() - start
+    assert tree(tmp_path) == before and f"{model} tiny, batch 16" in said and torch.__version__ in said
+    speed, ms, flops, rate, ready = (float(found.replace(",", "")) for found in re.search(
+        r"([\d,]+) images/s, ([\d.]+) ms a step\n([\d.]+) GFLOPs an image: ([\d.]+) TFLOP/s\n"
+        r"([\d.]+) s from the start to the end of the first step$", said.strip()).groups())
+    assert speed == pytest.approx(16 / ms * 1000, rel=0.02) and speed > 60 * 16 / took
+    assert rate == pytest.approx(speed * flops / 1000, abs=0.01) and 0 < ready <= time.time() - train.START
+
+
+def test_bench_flops(tmp_path, monkeypatch):
+    """The FLOPs of --bench are those of a forward and a backward pass of one image, counted here by hand."""
+    found = []
+    monkeypatch.setattr(train, "report", lambda cfg, speed, flops, *rest: found.append(flops))
+    train.main(argv(tmp_path / "run", "--bench --no-conditional"))
+    D, N, depth, patch = 128, 4, 6, 3 * 4 * 4                # --size tiny, 8 x 8 pixels, patches of 4
+    tokens = N * D * (2 * patch + depth * 12 * D)            # multiply-adds: patches, and 12 D a block
+    once = 256 * D + D * D + D * D + depth * 6 * D * D + 2 * D * D       # time_mlp, proj, modulations
+    forward = 2 * (tokens + once + depth * 2 * N * N * D)
+    known = 2 * (N * D * patch + 256 * D)                    # the gradients of what came in are not needed
+    assert found[0] == pytest.approx(3 * forward - known, rel=0.01)
 
 
 def test_as_a_script(tmp_path, photos):
