@@ -316,7 +316,7 @@ def train(cfg):
         torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
         for part in net.parts:                             # in place, so that parameters keep their names
             part.compile()
-        # a step has up to 2,000 kernels, and the host launches them slower than they run: CUDA graphs need no host
+        # a step has up to 2,000 kernels, more than the host launches in time: CUDA graphs launch them
         x0, t, _, y = batches(0)
         some = [x for x in (x0, t, y) if x is not None]
         with autocast():
