@@ -15,6 +15,7 @@ A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. This f
 import json
 import math
 import os
+import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -203,8 +204,9 @@ def save_grid(images, file, columns):
 
 # --- data ---
 
-# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around it; or None
-Data = namedtuple("Data", "images labels masks classes")
+# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around; or None.
+# Latents: images (N, C, h, w) float16; both: these and the flipped images' (2, N, C, h, w); meta: see encode.
+Data = namedtuple("Data", "images labels masks classes both meta", defaults=[None, None])
 
 
 def load_data(spec, split, image_size=None, skip_bad=False):
@@ -219,13 +221,19 @@ def load_data(spec, split, image_size=None, skip_bad=False):
         data = Data(images, torch.tensor(found.targets), None, found.classes)
     elif spec.startswith("folder:"):
         data = load_folder(Path(spec[len("folder:"):]).resolve(), split, image_size or 32, skip_bad)
+    elif spec.startswith("latents:"):
+        data = load_latents(Path(spec[len("latents:"):]), split)
+        side = data.images.shape[-1]
+        require(image_size in (None, side), f"{spec} has latents of {side} x {side}, not of {image_size} x "
+                                            f"{image_size}: leave --image-size out.")
     elif spec == "random":                          # of --bench
         g, size = torch.Generator().manual_seed(0), image_size or 32
         images = torch.randint(256, (10_000, 3, size, size), dtype=torch.uint8, generator=g)
         data = Data(images, torch.arange(10_000) % 10, None, [str(k) for k in range(10)])
     else:
         require(spec in ("shapes", "shapes:full"),
-                f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, shapes or shapes:full.")
+                f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, latents:PATH, shapes or "
+                "shapes:full.")
         n, seed = (50_000, 0) if split == "train" else (5_000, 1)
         data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
     if image_size and data.images.shape[-1] != image_size:
@@ -250,6 +258,14 @@ def list_folder(root, split):
     return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
 
 
+def decode(path, size, skip_bad):
+    """Image file -> its centre, (size, size, 3) uint8; None if broken, with skip_bad. Raises UserError."""
+    try:
+        return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))
+    except Exception as e:                          # Pillow raises many kinds for broken files
+        require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
+
+
 def load_folder(root, split, size, skip_bad):
     """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
     files, labels, classes = list_folder(root, split)
@@ -258,13 +274,9 @@ def load_folder(root, split, size, skip_bad):
     with suppress(Exception):                       # no cache yet, or a damaged one
         if str((kept := np.load(cache))["stamp"]) == stamp:
             return Data(torch.from_numpy(kept["images"]), labels, None, classes)
-    def decode(path):
-        try:
-            return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))      # centre crop, resize
-        except Exception as e:                      # Pillow raises many kinds for broken files
-            require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(tqdm(pool.map(decode, files), f"decoding {split}", len(files), unit="img", delay=1))
+        decoded = pool.map(lambda path: decode(path, size, skip_bad), files)
+        images = list(tqdm(decoded, f"decoding {split}", len(files), unit="img", delay=1))
     good = [i for i, image in enumerate(images) if image is not None]
     require(good, f"none of the {len(files)} images in {root} can be read: check the files.")
     if len(good) < len(files):
@@ -276,6 +288,146 @@ def load_folder(root, split, size, skip_bad):
     except UserError as e:
         say(f"these images will be decoded again next time: {e}")
     return Data(images, labels[good], None, classes)
+
+
+# --- latents: images, encoded by a frozen VAE ---
+
+def load_vae(name, device):
+    """A frozen diffusers.AutoencoderKL, by its name on the hub or its folder. Raises UserError."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError("latents need diffusers, which is not installed: pip install diffusers")
+    try:
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+    except Exception as e:                          # no network, no such folder, another kind of model ...
+        raise UserError(f"{name} is no AutoencoderKL that can be loaded ({str(e).strip().splitlines()[0]}): "
+                        "name one of the hub, while online, or the folder of one.")
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def vae_of(meta, device):
+    """The VAE of latents, where it can be loaded; else None, and one line says so. None for images."""
+    try:
+        return meta and load_vae(meta["vae"], device)
+    except UserError as e:
+        say(f"latents will not be decoded: {e}")
+
+
+def read_images(spec, split, size, skip_bad, batch):
+    """-> class names, number of images, iterator over (images (n, C, size, size) uint8, labels (n,)).
+
+    A folder is decoded as it goes, so that it may be larger than the memory. Raises UserError.
+    """
+    if not spec.startswith("folder:"):
+        data = load_data(spec, split, size)
+        return data.classes, len(data.images), zip(data.images.split(batch), data.labels.split(batch))
+    files, labels, classes = list_folder(Path(spec[len("folder:"):]).resolve(), split)
+
+    def read():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for some, y in zip(np.array_split(files, range(batch, len(files), batch)), labels.split(batch)):
+                images = list(pool.map(lambda path: decode(path, size, skip_bad), some))
+                good = [i for i, image in enumerate(images) if image is not None]
+                if good:
+                    yield torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2), y[good]
+    return classes, len(files), read()
+
+
+@torch.no_grad()
+def encode(spec, out, size, name, device, skip_bad=False, batch=16):
+    """Writes the latents of a data set into the new folder out. Raises UserError.
+
+    <split>/latents.npy (2, N, C, h, w) float16: posterior means of all images, then of the flipped images, so
+    that flips in training are true ones; <split>/labels.npy (N,) int64; meta.json: vae, image_size, classes,
+    shape [C, h, w], and mean and std of each channel over the training part.
+    """
+    out, part = Path(out), Path(f"{Path(out)}.part")                 # part is renamed once it is whole
+    require(not out.exists(), f"{out} exists: choose another folder, or remove it.")
+    vae, sums = load_vae(name, device), 0
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    require(size % factor == 0, f"--image-size {size} does not fit {name}: use a multiple of {factor}.")
+    shutil.rmtree(part, ignore_errors=True)                          # of an encoding that was killed
+    try:
+        for split in ("train", "test"):
+            try:
+                classes, total, batches = read_images(spec, split, size, skip_bad, batch)
+            except UserError:
+                if split == "train":
+                    raise
+                break                                                # a test part is needed to probe only
+            labels, paths = [], [part / split / half for half in ("images", "flipped")]
+            (part / split).mkdir(parents=True)
+            with open(paths[0], "wb") as images, open(paths[1], "wb") as flipped:
+                for x, y in tqdm(batches, f"encoding {split}", math.ceil(total / batch), unit="batch"):
+                    require(x.shape[1] == (C := vae.config.in_channels),
+                            f"{spec} has {x.shape[1]} channels, {name} {C}: choose another --vae.")
+                    x = x.to(device).float() / 127.5 - 1
+                    for file, view in ((images, x), (flipped, x.flip(3))):
+                        z = vae.encode(view).latent_dist.mean.half().cpu()
+                        file.write(z.numpy().tobytes())
+                        if split == "train":                         # number, sum and sum of squares, (3, C)
+                            z = z.double()
+                            sums = sums + torch.stack([z ** 0, z, z ** 2]).sum((1, 3, 4))
+                    labels.append(y)
+            require(labels, f"none of the {total} images of {spec} can be read: check the files.")
+            labels = torch.cat(labels).numpy()
+            np.save(part / split / "labels.npy", labels)
+            with open(part / split / "latents.npy", "wb") as file:
+                form = dict(descr="<f2", fortran_order=False, shape=(2, len(labels), *z.shape[1:]))
+                np.lib.format.write_array_header_1_0(file, form)
+                for path in paths:
+                    with open(path, "rb") as half:
+                        shutil.copyfileobj(half, file)
+                    path.unlink()
+                file.flush()
+                os.fsync(file.fileno())
+        mean, square = sums[1] / sums[0], sums[2] / sums[0]
+        std = (square - mean ** 2).sqrt()
+        require(bool((std > 0).all()), f"{name} makes latents that are constant or not finite: use another.")
+        meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size,
+                    classes=classes, shape=list(z.shape[1:]), mean=mean.tolist(), std=std.tolist())
+        (part / "meta.json").write_text(json.dumps(meta, indent=1))
+        os.replace(part, out)
+    except OSError as e:
+        raise UserError(f"could not encode into {part} ({e}): make room, or choose another folder.")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_latents(root, split):
+    """What encode wrote; it stays in its file and is read where it is indexed. Raises UserError."""
+    try:
+        meta = json.loads((root / "meta.json").read_text())
+        both = np.load(root / split / "latents.npy", mmap_mode="c")
+        labels = torch.from_numpy(np.load(root / split / "labels.npy"))
+        shape, C = (2, len(labels), *meta["shape"]), meta["shape"][0]
+        fits = both.dtype == np.float16 and both.shape == shape and len(meta["mean"]) == len(meta["std"]) == C
+        fits = fits and min(meta["std"]) > 0 and max(labels) < len(meta["classes"]) and meta["vae"] != ""
+    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError) as e:
+        raise UserError(f"{root} has no whole latents for {split} ({type(e).__name__}: {e}): make them with "
+                        "train.py --encode.")
+    require(fits, f"{root}/{split}/latents.npy, {both.dtype} {both.shape}, does not fit its meta.json or its "
+                  "labels.npy: encode again.")
+    both = torch.from_numpy(both)
+    return Data(both[0], labels, None, meta["classes"], both, meta)
+
+
+def to_x0(images, meta):
+    """Images (N, C, H, W) as stored -> what the network sees: in [-1, 1], or latents of unit variance."""
+    if meta is None:
+        return images.float() / 127.5 - 1
+    mean, std = (torch.tensor(meta[name], device=images.device)[:, None, None] for name in ("mean", "std"))
+    return (images.float() - mean) / std
+
+
+def to_pixels(x, meta, vae, batch=16):
+    """The way back: x as the network sees it -> images (N, C, H, W) in [-1, 1]; without a VAE, latents."""
+    if meta is None:
+        return x
+    mean, std = (torch.tensor(meta[name], device=x.device)[:, None, None] for name in ("mean", "std"))
+    z = x.float() * std + mean
+    return z if vae is None else torch.cat([vae.decode(some).sample.float() for some in z.split(batch)])
 
 
 # --- a data set without a download: ten shapes, drawn by their signed distance functions ---

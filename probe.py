@@ -27,7 +27,7 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from diffusion import Data, load_data, require, save_file, say
+from diffusion import Data, load_data, require, save_file, say, to_x0
 from train import LAYOUT, VERSIONS, build, command, load_run, mix, pick_autocast, setup
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
@@ -44,7 +44,7 @@ VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow din
 # what is probed: images (N, C, S, S) uint8; targets (N,) classes, or (N, S, S) classes of pixels
 Part = namedtuple("Part", "images targets")
 # and with what: net(x, t, return_features=True), its diffusion, where and how it runs
-Source = namedtuple("Source", "net diffusion autocast device")
+Source = namedtuple("Source", "net diffusion autocast device meta", defaults=[None])
 
 
 def parse(argv):
@@ -99,12 +99,14 @@ def load_voc(split, size):
                 torch.from_numpy(np.stack(masks)), VOC)
 
 
-def load(spec, split, task, cfg, channels):
+def load(spec, split, task, cfg, channels, latents=None):
     """-> Part as the run's network wants it, class names. Raises UserError."""
     size = cfg.image_size
     data = load_voc(split, size) if spec == "voc" else load_data(spec, split, size, cfg.skip_bad)
     images, C = data.images, data.images.shape[1]
-    require(images.dtype == torch.uint8, f"{spec} has {images.dtype} images: give uint8, 0 to 255.")
+    require(bool(latents) == bool(data.meta) and (not latents or latents["vae"] == data.meta["vae"]),
+            f"{spec} is not of the kind that was trained on ({latents['vae'] if latents else 'images'}): use "
+            "images for a network of images, latents of the same VAE for one of latents.")
     require(C == channels or {C, channels} == {1, 3},
             f"{spec} has {C} channels, the network {channels}: probe it on data with as many.")
     if C != channels:
@@ -149,7 +151,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
     for start in tqdm(starts, what, unit="batch", leave=False):
         g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, learn))
         x0, targets = (rows[start:start + args.batch_size].to(device) for rows in part)
-        x0, targets = x0.float() / 127.5 - 1, targets.long()
+        x0, targets = to_x0(x0, source.meta), targets.long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)
         x0 = x0.contiguous(memory_format=LAYOUT[device.type])
@@ -449,9 +451,11 @@ def probe_run(args):
     cfg, spec = state["config"], args.data or state["config"].data
     require(0 <= args.t[0] and args.t[-1] < diffusion.T,
             f"--t {args.t[0] if args.t[0] < 0 else args.t[-1]} is out of range: use 0 to {diffusion.T - 1}.")
+    require(not state["latents"] or not args.augment,
+            "--augment flips and shifts images, and this run was trained on latents: leave it out.")
     start = time.time()
-    train, classes = load(spec, "train", args.task, cfg, state["channels"])
-    test, _ = load(spec, "test", args.task, cfg, state["channels"])
+    train, classes = load(spec, "train", args.task, cfg, state["channels"], state["latents"])
+    test, _ = load(spec, "test", args.task, cfg, state["channels"], state["latents"])
     K, N = len(classes), len(train.images)
     most = min(args.images or (SOME_SHAPES if spec.startswith("shapes") else N), N)
     least = max(10, K if args.task == "classify" else 0)                      # so that a tenth is an image
@@ -460,7 +464,8 @@ def probe_run(args):
     train = Part(*(rows[some] for rows in train))
     loaded, results = time.time(), Path(args.run, stem(args) + ".json")
     torch.backends.cudnn.benchmark = True
-    source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device)
+    source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device,
+                    state["latents"])
     result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=most,
                   test_images=len(test.images), trained_on=state["images"], seed=args.seed,

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from diffusion import load_data, require, save_file, save_grid, say, seeded_noise, to_uint8
+from diffusion import load_data, require, save_file, save_grid, say, seeded_noise, to_pixels, to_uint8, vae_of
 from train import GUIDANCE, command, load_run, pick_autocast, setup
 
 
@@ -71,7 +71,7 @@ def class_ids(names, classes, conditional):
 
 
 def draw(args, state, net, diffusion, device, ids, indices, trace=None):
-    """Images (n, C, H, W) in [-1, 1] on the device; index i has seed --seed + i and class ids[i mod K]."""
+    """What the network draws, (n, C, H, W); index i has seed --seed + i and class ids[i mod K]."""
     cfg = state["config"]
     shape = state["channels"], cfg.image_size, cfg.image_size
     draws = seeded_noise([args.seed + i for i in indices], shape)
@@ -82,7 +82,7 @@ def draw(args, state, net, diffusion, device, ids, indices, trace=None):
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     with autocast():
         return diffusion.sample(net, noise(), y, null=state["num_classes"], steps=args.steps, eta=args.eta,
-                                guidance=args.guidance, randn=noise, trace=trace)
+                                guidance=args.guidance, randn=noise, trace=trace, clip=not state["latents"])
 
 
 def draw_denoise(trace, file, columns=10, images=4):
@@ -138,30 +138,40 @@ def main(argv=None):
     require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
     require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
+    meta = state["latents"]
+    require(not meta or not args.fid, "--fid compares with images, and this run was trained on latents: use "
+                                      "--npz, and an FID tool with your images.")
+    vae = vae_of(meta, device)
+    require(vae or not meta or not args.denoise, "--denoise draws images, and latents need their VAE.")
     real = load_data(cfg.data, "train", cfg.image_size).images if args.fid and rank == 0 else None
     if args.denoise and rank > 0:
         return
     if args.denoise:
         trace = []
         draw(args, state, net, diffusion, device, ids, range(4), trace)
+        trace = [(t, to_pixels(x, meta, vae), to_pixels(x0, meta, vae)) for t, x, x0 in trace]
         save_file(run / "denoise.png", lambda file: draw_denoise(trace, file))
         return say(f"{run / 'denoise.png'}: {how}")
 
     mine = list(range(args.n))[rank::world]
     parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    images = [to_uint8(draw(args, state, net, diffusion, device, ids, part))
-              for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1)]
-    shape = (0, state["channels"], cfg.image_size, cfg.image_size)
-    images = torch.cat(images) if images else torch.empty(shape, dtype=torch.uint8)
+    images = []
+    for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
+        x = to_pixels(draw(args, state, net, diffusion, device, ids, part), meta, vae)
+        images.append(x.cpu() if meta and not vae else to_uint8(x))
+    images = torch.cat(images) if images else None
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(images, shares)
         if rank == 0:                               # rank r holds the images r, r + world, ...
-            images = torch.empty(args.n, *shape[1:], dtype=torch.uint8)
-            for r, share in enumerate(shares):
+            images = images.new_empty(args.n, *images.shape[1:])
+            for r, share in enumerate(shares[:args.n]):
                 images[r::world] = share
     if rank > 0:
         return
+    if meta and not vae:
+        save_file(run / "latents.npz", lambda file: np.savez(file, images.numpy()))
+        return say(f"{run / 'latents.npz'}: arr_0 {tuple(images.shape)} float32, not decoded; {how}")
     columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.n)
     shown = images[:max(100, columns)].float() / 127.5 - 1
     save_file(run / "samples.png", lambda file: save_grid(shown, file, min(columns, 20)))

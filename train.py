@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, load_data, require, save_file,
-                       save_grid, say, seeded_noise)
+from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, encode, load_data, require,
+                       save_file, save_grid, say, seeded_noise, to_pixels, to_x0, vae_of)
 from dit_selfcond import DiT
 from unet_selfcond import UNet
 from uvit_selfcond import UViT
@@ -65,7 +65,7 @@ def flag(default, help, choices=None):
 class Config:
     model: str = flag("dit", "network", MODELS)
     size: str = flag(None, "one of the network's SIZES [small; unet: base]")
-    data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, shapes or shapes:full")
+    data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, latents:PATH, shapes, shapes:full")
     image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16]")
     out: str = flag(None, "run folder [runs/<model>-<size>-<data>]")
     images: int = flag(None, "stop after so many training images [10,000,000 unless --minutes is given]")
@@ -88,13 +88,17 @@ class Config:
     precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
     compile: bool = flag(True, "torch.compile, where CUDA and Triton are [on]")
     skip_bad: bool = flag(False, "leave out unreadable images of a folder")
+    resident: bool = flag(None, "hold the data on the device [where it fills less than half of what is free]")
+    encode: str = flag(None, "instead of training, write the latents of --data into this new folder")
+    vae: str = flag("stabilityai/sd-vae-ft-ema", "of --encode: AutoencoderKL, name on the hub or folder")
     bench: bool = flag(False, "measure the speed for some seconds, on random images; writes nothing")
 
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
                    ema=20_000, save_every=20_000, sample_every=40_000)
 TINY_BY_MODEL = {"unet": dict(decay=60_000), "uvit": dict(decay=500_000, lr=2e-3), "dit": dict(decay=400_000)}
-MAY_CHANGE = "out images minutes micro_batch save_every sample_every resume device precision compile skip_bad"
+MAY_CHANGE = """out images minutes micro_batch save_every sample_every resume device precision compile
+                skip_bad resident encode vae"""
 
 def parse_config(argv=None):
     """Flags -> Config with every default filled in. Raises UserError."""
@@ -117,7 +121,8 @@ def parse_config(argv=None):
         require(f.type not in (int, float) or value is None or value > -(f.name == "seed"),
                 f"--{f.name.replace('_', '-')} {value} is impossible: use more than {-(f.name == 'seed')}.")
     cfg.images = cfg.images or (None if cfg.minutes else budget)
-    name = f"{cfg.model}-{cfg.size}-{Path(cfg.data.removeprefix('folder:')).name.replace(':', '-')}"
+    data = Path(cfg.data.removeprefix("folder:").removeprefix("latents:")).name.replace(":", "-")
+    name = f"{cfg.model}-{cfg.size}-{data}"
     cfg.out = cfg.out or f"runs/{name}" + "-baseline" * (not cfg.self_cond)
     return cfg
 
@@ -181,15 +186,18 @@ def build(cfg, channels, num_classes, device):
 class Batches:
     """The batch of a step: a pure function of (seed, step), however many processes share it.
 
-    Draws for the global batch of B images, keeps a process's share b: x0 (b, C, H, W) in [-1, 1], half of it
-    flipped; t (b,); noise (b, C, H, W); y (b,), some "no class", or None. The data lives on the device if it
-    fills less than half of the free memory (resident), else on the host, fetched one batch ahead.
+    Draws for the global batch of B images, keeps a process's share b: x0 (b, C, H, W) in [-1, 1] (latents: of
+    unit variance), half of it flipped; t (b,); noise (b, C, H, W); y (b,), some "no class", or None. The data
+    lives on the device if it fills less than half of the free memory (resident), else on the host or in its
+    file, fetched one batch ahead.
     """
 
-    def __init__(self, data, cfg, T, device, rank=0, world=1, resident=None):
+    def __init__(self, data, cfg, T, device, rank=0, world=1):
+        halves, resident = data.both if data.meta else data.images[None], cfg.resident    # (1 or 2, N, ...)
         if resident is None:
-            resident = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        self.images, self.labels = (x.to(device if resident else "cpu") for x in data[:2])
+            resident = device.type != "cuda" or halves.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.halves, self.labels = (x.to(device) if resident else x for x in (halves, data.labels))
+        self.meta = data.meta
         self.cfg, self.T, self.K, self.device = cfg, T, len(data.classes), device
         self.mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.pool, self.ahead = None if resident else ThreadPoolExecutor(1), {}
@@ -197,7 +205,9 @@ class Batches:
     def fetch(self, step):
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
         i = torch.randperm(len(self.labels), generator=g)[:self.cfg.batch_size][self.mine]
-        x, y = self.images[i.to(self.images.device)], self.labels[i.to(self.labels.device)]
+        half = torch.rand(self.cfg.batch_size, generator=g)[self.mine] < 0.5 * bool(self.meta)
+        half, i = half.long().to(self.labels.device), i.to(self.labels.device)
+        x, y = self.halves[half, i], self.labels[i]        # latents: half of them of the flipped images
         return (x.pin_memory(), y.pin_memory()) if self.pool and self.device.type == "cuda" else (x, y)
 
     def __call__(self, step):
@@ -205,7 +215,7 @@ class Batches:
         if self.pool:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        x0 = (x.float() / 127.5 - 1).to(memory_format=LAYOUT[self.device.type])
+        x0 = to_x0(x, self.meta).to(memory_format=LAYOUT[self.device.type])
         g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
@@ -213,7 +223,7 @@ class Batches:
         noise = torch.randn(B, *x.shape[1:], **on)[self.mine]
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
         y = torch.where(drop, self.K, y) if self.cfg.conditional else None
-        return torch.where(flip, x0.flip(3), x0), t, noise, y
+        return x0 if self.meta else torch.where(flip, x0.flip(3), x0), t, noise, y
 
 @torch.no_grad()
 def update_ema(ema, net, cfg, images):
@@ -225,7 +235,8 @@ def read_checkpoint(path):
     """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "config": Config(**state["config"]), "ema": state["ema"], "path": path}
+        known = dict(path=path, config=Config(**state["config"]), ema=state["ema"])
+        return {"latents": None, **state, **known}
     except Exception as e:
         raise UserError(f"{path} is no whole checkpoint ({type(e).__name__}): restore a copy or train anew.")
 
@@ -344,15 +355,16 @@ def train(cfg):
                 step=images // cfg.batch_size, images=images, config=asdict(cfg), model=net.state_dict(),
                 ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                 loss_sum=mean * loss_count, loss_count=loss_count, channels=channels,
-                num_classes=num_classes, classes=data.classes), file))
+                num_classes=num_classes, classes=data.classes, latents=data.meta), file))
 
     def draw():
-        if first:                                          # 8 rows of samples; a column a class, at most 10
+        if first and bool(vae) == bool(data.meta):         # 8 rows of samples; a column a class, at most 10
             K, columns = num_classes, min(num_classes, 10) or 8
             noise = seeded_noise(range(8 * columns), data.images.shape[1:])().to(device)
             y = torch.arange(columns, device=device).repeat(8) if K else None
             with autocast():
-                x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1)
+                x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1, clip=not vae)
+            x = to_pixels(x, data.meta, vae)
             save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
 
     def save_log():
@@ -364,7 +376,7 @@ def train(cfg):
             dist.broadcast(late, 0)
         return bool(late) or bool(cfg.images) and images >= cfg.images
 
-    writes = first and not cfg.bench
+    writes, vae = first and not cfg.bench, vae_of(data.meta, device) if first else None
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     if writes:
         git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=Path(__file__).parent,
@@ -429,11 +441,17 @@ def train(cfg):
     save()
     draw()
     say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
-        f"samples: {out / f'samples-{images}.png'}")
+        f"samples: {out / f'samples-{images}.png' if bool(vae) == bool(data.meta) else 'not decoded'}")
 
 @command
 def main(argv=None):
-    train(parse_config(argv))
+    cfg = parse_config(argv)
+    if cfg.encode:
+        device, _, world = setup(cfg.device)
+        require(world == 1, "--encode runs in one process: start it with python, without torchrun.")
+        encode(cfg.data, cfg.encode, cfg.image_size or 256, cfg.vae, device, cfg.skip_bad)
+        return say(f"latents: {cfg.encode}; train on them with --data latents:{cfg.encode}")
+    train(cfg)
 
 if __name__ == "__main__":
     main()

@@ -78,6 +78,19 @@ class Cifar:
         self.targets = [i % 10 for i in range(20)]
 
 
+class Vae:
+    """Stands in for an AutoencoderKL that scales down by 8, which would be downloaded."""
+    config = types.SimpleNamespace(in_channels=3, block_out_channels=[1] * 4)
+
+    def encode(self, x):
+        mean = torch.nn.functional.avg_pool2d(x, 8)
+        mean = torch.cat([mean, mean[:, :1]], dim=1) + torch.linspace(0, 1, mean.shape[-1])
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean))
+
+    def decode(self, z):
+        return types.SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=8))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A working directory with a small folder of images, photos."""
@@ -106,15 +119,28 @@ def small(place, monkeypatch):
     monkeypatch.setattr(diffusion, "load_folder", lambda root, *args: load_folder(place / "photos", *args))
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
+    monkeypatch.setattr(diffusion, "load_vae", lambda name, device: Vae())
     monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
     monkeypatch.setattr(probe, "ITERATIONS", 2)
     monkeypatch.chdir(place)
     return place
 
 
+def need_latents(name):
+    """The folder of latents that a train.py --encode of the README makes; it is made if it is not there."""
+    made = {train.parse_config(flags).encode: flags for flags in train_flags()}
+    assert name in made, f"no train.py command of the README encodes {name}"
+    if not Path(name).exists():
+        train.main([*made[name], "--device", "cpu"])
+    return Path(name)
+
+
 def train_run(flags):
     """Runs train.py with a tiny budget appended -> the run's folder."""
-    folder = Path(train.parse_config(flags).out)
+    cfg = train.parse_config(flags)
+    folder = Path(cfg.out)
+    if cfg.data.startswith("latents:"):
+        need_latents(cfg.data.removeprefix("latents:"))
     if folder.exists() and "--resume" not in flags:
         shutil.rmtree(folder)                       # the same run is trained by several commands
     budget = f"--images {2 * BATCH} --batch-size {BATCH} --device cpu --no-compile"
@@ -125,7 +151,7 @@ def train_run(flags):
 
 def need_run(name):
     """The folder of a run that a train.py command of the README makes; it is trained if it is not there."""
-    made = {Path(train.parse_config(flags).out): flags for flags in train_flags()}
+    made = {Path(train.parse_config(flags).out): flags for flags in train_flags() if "--encode" not in flags}
     assert Path(name) in made, f"no train.py command of the README makes {name}"
     return Path(name) if Path(name, "checkpoint.pt").exists() else train_run(made[Path(name)])
 
@@ -158,6 +184,11 @@ def test_command(small, words):
         return
     script, flags = found
     assert script in SCRIPTS, f"{script} is no script that this test knows"
+    if "--encode" in flags:
+        folder = train.parse_config(flags).encode
+        shutil.rmtree(folder, ignore_errors=True)
+        assert (need_latents(folder) / "meta.json").exists()
+        return
     if script == "train.py":
         folder = train_run(flags)
         assert (folder / "checkpoint.pt").exists() and (folder / f"samples-{2 * BATCH}.png").exists()

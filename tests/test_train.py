@@ -171,7 +171,7 @@ def test_help(capsys, monkeypatch):
     assert not stop.value.code
     for name in """model size data image-size out images minutes batch-size micro-batch lr warmup decay ema
                    save-every sample-every resume conditional no-self-cond target schedule seed device
-                   precision no-compile skip-bad bench""".split():
+                   precision no-compile skip-bad resident encode vae bench""".split():
         assert re.search(rf"--{name}\b", text), name
     for f in fields(train.Config):
         assert "--" + f.name.replace("_", "-") in text
@@ -182,7 +182,8 @@ FLAGS = {"model": "uvit", "size": "small", "data": "shapes", "image_size": 24, "
          "minutes": 0.5, "batch_size": 3, "micro_batch": 1, "lr": 0.25, "warmup": 11, "decay": 12, "ema": 13,
          "save_every": 14, "sample_every": 15, "resume": True, "conditional": True, "self_cond": False,
          "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu", "precision": "bf16",
-         "compile": False, "skip_bad": True, "bench": True}
+         "compile": False, "skip_bad": True, "resident": False, "encode": "there", "vae": "mine",
+         "bench": True}
 
 
 def test_flags():
