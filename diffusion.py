@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -228,8 +229,8 @@ def load_data(spec, split, image_size=None, skip_bad=False):
                                             f"{image_size}: leave --image-size out.")
     elif spec == "random":                          # of --bench
         g, size = torch.Generator().manual_seed(0), image_size or 32
-        images = torch.randint(256, (10_000, 3, size, size), dtype=torch.uint8, generator=g)
-        data = Data(images, torch.arange(10_000) % 10, None, [str(k) for k in range(10)])
+        images = torch.randint(256, (4_096, 3, size, size), dtype=torch.uint8, generator=g)
+        data = Data(images, torch.arange(4_096) % 10, None, [str(k) for k in range(10)])
     else:
         require(spec in ("shapes", "shapes:full"),
                 f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, latents:PATH, shapes or "
@@ -296,13 +297,13 @@ def load_vae(name, device):
     """A frozen diffusers.AutoencoderKL, by its name on the hub or its folder. Raises UserError."""
     try:
         from diffusers import AutoencoderKL
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except ImportError:
         raise UserError("latents need diffusers, which is not installed: pip install diffusers")
-    try:
-        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except Exception as e:                          # no network, no such folder, another kind of model ...
-        raise UserError(f"{name} is no AutoencoderKL that can be loaded ({str(e).strip().splitlines()[0]}): "
-                        "name one of the hub, while online, or the folder of one.")
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"{name} is no AutoencoderKL that can be loaded ({why}): name one of the hub, while "
+                        "online, or the folder of one.")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -326,11 +327,12 @@ def read_images(spec, split, size, skip_bad, batch):
 
     def read():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for some, y in zip(np.array_split(files, range(batch, len(files), batch)), labels.split(batch)):
-                images = list(pool.map(lambda path: decode(path, size, skip_bad), some))
+            for k in range(0, len(files), batch):
+                images = list(pool.map(lambda path: decode(path, size, skip_bad), files[k:k + batch]))
                 good = [i for i, image in enumerate(images) if image is not None]
                 if good:
-                    yield torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2), y[good]
+                    images = torch.from_numpy(np.stack([images[i] for i in good])).permute(0, 3, 1, 2)
+                    yield images, labels[k:k + batch][good]
     return classes, len(files), read()
 
 
@@ -344,18 +346,19 @@ def encode(spec, out, size, name, device, skip_bad=False, batch=16):
     """
     out, part = Path(out), Path(f"{Path(out)}.part")                 # part is renamed once it is whole
     require(not out.exists(), f"{out} exists: choose another folder, or remove it.")
+    require(not spec.startswith("latents:"), f"{spec} is encoded already: give images.")
     vae, sums = load_vae(name, device), 0
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     require(size % factor == 0, f"--image-size {size} does not fit {name}: use a multiple of {factor}.")
     shutil.rmtree(part, ignore_errors=True)                          # of an encoding that was killed
     try:
-        for split in ("train", "test"):
+        for split in ("test", "train"):                             # small one first: its errors cost less
             try:
                 classes, total, batches = read_images(spec, split, size, skip_bad, batch)
-            except UserError:
-                if split == "train":
-                    raise
-                break                                                # a test part is needed to probe only
+            except UserError as e:
+                require(split == "test", str(e))
+                say(f"without a test part, which probes need: {e}")
+                continue
             labels, paths = [], [part / split / half for half in ("images", "flipped")]
             (part / split).mkdir(parents=True)
             with open(paths[0], "wb") as images, open(paths[1], "wb") as flipped:
@@ -365,13 +368,16 @@ def encode(spec, out, size, name, device, skip_bad=False, batch=16):
                     x = x.to(device).float() / 127.5 - 1
                     for file, view in ((images, x), (flipped, x.flip(3))):
                         z = vae.encode(view).latent_dist.mean.half().cpu()
+                        require(bool(z.isfinite().all()), f"{name} makes latents that float16 does not hold.")
                         file.write(z.numpy().tobytes())
                         if split == "train":                         # number, sum and sum of squares, (3, C)
                             z = z.double()
                             sums = sums + torch.stack([z ** 0, z, z ** 2]).sum((1, 3, 4))
                     labels.append(y)
-            require(labels, f"none of the {total} images of {spec} can be read: check the files.")
+            require(labels, f"none of the {total} {split} images of {spec} can be read: check the files.")
             labels = torch.cat(labels).numpy()
+            if len(labels) < total:
+                say(f"left out {total - len(labels)} unreadable {split} images of {spec}")
             np.save(part / split / "labels.npy", labels)
             with open(part / split / "latents.npy", "wb") as file:
                 form = dict(descr="<f2", fortran_order=False, shape=(2, len(labels), *z.shape[1:]))
@@ -384,13 +390,13 @@ def encode(spec, out, size, name, device, skip_bad=False, batch=16):
                 os.fsync(file.fileno())
         mean, square = sums[1] / sums[0], sums[2] / sums[0]
         std = (square - mean ** 2).sqrt()
-        require(bool((std > 0).all()), f"{name} makes latents that are constant or not finite: use another.")
+        require(bool((std > 0).all()), f"{name} makes latents that are constant: use another.")
         meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size,
                     classes=classes, shape=list(z.shape[1:]), mean=mean.tolist(), std=std.tolist())
         (part / "meta.json").write_text(json.dumps(meta, indent=1))
         os.replace(part, out)
     except OSError as e:
-        raise UserError(f"could not encode into {part} ({e}): make room, or choose another folder.")
+        raise UserError(f"could not encode {spec} into {part} ({e}): make room, or choose another folder.")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -399,34 +405,40 @@ def load_latents(root, split):
     """What encode wrote; it stays in its file and is read where it is indexed. Raises UserError."""
     try:
         meta = json.loads((root / "meta.json").read_text())
-        both = np.load(root / split / "latents.npy", mmap_mode="c")
-        labels = torch.from_numpy(np.load(root / split / "labels.npy"))
-        shape, C = (2, len(labels), *meta["shape"]), meta["shape"][0]
-        fits = both.dtype == np.float16 and both.shape == shape and len(meta["mean"]) == len(meta["std"]) == C
-        fits = fits and min(meta["std"]) > 0 and max(labels) < len(meta["classes"]) and meta["vae"] != ""
-    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError) as e:
+        both = np.load(root / split / "latents.npy", mmap_mode="r")
+        labels, K = np.load(root / split / "labels.npy"), len(meta["classes"])
+        moments = np.array([meta["mean"], meta["std"]])
+        fits = both.dtype == np.float16 and both.shape == (2, len(labels), *meta["shape"])
+        fits = fits and labels.dtype == np.int64 and labels.ndim == 1
+        fits = fits and 0 <= labels.min() <= labels.max() < K
+        fits = fits and moments.shape == (2, meta["shape"][0]) and np.isfinite(moments).all()
+        fits = fits and moments[1].min() > 0 and len(meta["vae"]) > 0
+    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, AttributeError) as e:
         raise UserError(f"{root} has no whole latents for {split} ({type(e).__name__}: {e}): make them with "
                         "train.py --encode.")
     require(fits, f"{root}/{split}/latents.npy, {both.dtype} {both.shape}, does not fit its meta.json or its "
                   "labels.npy: encode again.")
-    both = torch.from_numpy(both)
-    return Data(both[0], labels, None, meta["classes"], both, meta)
+    with warnings.catch_warnings():                 # torch says that it could not write there; it does not
+        warnings.simplefilter("ignore")
+        both = torch.from_numpy(both)
+    return Data(both[0], torch.from_numpy(labels), None, meta["classes"], both, meta)
 
 
-def to_x0(images, meta):
+def moments_of(meta, device):
+    """Mean and standard deviation of latents (2, C, 1, 1); None for images."""
+    return meta and torch.tensor([meta["mean"], meta["std"]], device=device)[..., None, None]
+
+
+def to_x0(images, moments):
     """Images (N, C, H, W) as stored -> what the network sees: in [-1, 1], or latents of unit variance."""
-    if meta is None:
-        return images.float() / 127.5 - 1
-    mean, std = (torch.tensor(meta[name], device=images.device)[:, None, None] for name in ("mean", "std"))
-    return (images.float() - mean) / std
+    return images.float() / 127.5 - 1 if moments is None else (images.float() - moments[0]) / moments[1]
 
 
-def to_pixels(x, meta, vae, batch=16):
+def to_pixels(x, moments, vae, batch=16):
     """The way back: x as the network sees it -> images (N, C, H, W) in [-1, 1]; without a VAE, latents."""
-    if meta is None:
+    if moments is None:
         return x
-    mean, std = (torch.tensor(meta[name], device=x.device)[:, None, None] for name in ("mean", "std"))
-    z = x.float() * std + mean
+    z = x.float() * moments[1] + moments[0]
     return z if vae is None else torch.cat([vae.decode(some).sample.float() for some in z.split(batch)])
 
 

@@ -27,7 +27,7 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from diffusion import Data, load_data, require, save_file, say, to_x0
+from diffusion import Data, load_data, moments_of, require, save_file, say, to_x0
 from train import LAYOUT, VERSIONS, build, command, load_run, mix, pick_autocast, setup
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
@@ -44,7 +44,7 @@ VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow din
 # what is probed: images (N, C, S, S) uint8; targets (N,) classes, or (N, S, S) classes of pixels
 Part = namedtuple("Part", "images targets")
 # and with what: net(x, t, return_features=True), its diffusion, where and how it runs
-Source = namedtuple("Source", "net diffusion autocast device meta", defaults=[None])
+Source = namedtuple("Source", "net diffusion autocast device moments", defaults=[None])
 
 
 def parse(argv):
@@ -151,7 +151,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=0, learn=Fal
     for start in tqdm(starts, what, unit="batch", leave=False):
         g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, learn))
         x0, targets = (rows[start:start + args.batch_size].to(device) for rows in part)
-        x0, targets = to_x0(x0, source.meta), targets.long()
+        x0, targets = to_x0(x0, source.moments), targets.long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)
         x0 = x0.contiguous(memory_format=LAYOUT[device.type])
@@ -465,7 +465,7 @@ def probe_run(args):
     loaded, results = time.time(), Path(args.run, stem(args) + ".json")
     torch.backends.cudnn.benchmark = True
     source = Source(net, diffusion, pick_autocast(args.precision or cfg.precision, device)[0], device,
-                    state["latents"])
+                    moments_of(state["latents"], device))
     result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=most,
                   test_images=len(test.images), trained_on=state["images"], seed=args.seed,

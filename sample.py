@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from diffusion import load_data, require, save_file, save_grid, say, seeded_noise, to_pixels, to_uint8, vae_of
+from diffusion import (load_data, moments_of, require, save_file, save_grid, say, seeded_noise, to_pixels,
+                       to_uint8, vae_of)
 from train import GUIDANCE, command, load_run, pick_autocast, setup
 
 
@@ -85,10 +86,11 @@ def draw(args, state, net, diffusion, device, ids, indices, trace=None):
                                 guidance=args.guidance, randn=noise, trace=trace, clip=not state["latents"])
 
 
-def draw_denoise(trace, file, columns=10, images=4):
+def draw_denoise(trace, file, decode=lambda x: x, columns=10, images=4):
     """trace of (t, x_t, x0) -> PNG: for each image a row of x_t and one of the predicted x0, step by step."""
     columns = min(columns, len(trace))
     picked = [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    picked = [(t, decode(x), decode(x0)) for t, x, x0 in picked]
     tiles = [[step[k][j] for step in picked] for j in range(images) for k in (1, 2)]
     size = max(64, tiles[0][0].shape[-1])
     left, top, gap = 40, 24, 4
@@ -141,7 +143,10 @@ def main(argv=None):
     meta = state["latents"]
     require(not meta or not args.fid, "--fid compares with images, and this run was trained on latents: use "
                                       "--npz, and an FID tool with your images.")
-    vae = vae_of(meta, device)
+    vae, moments = vae_of(meta, device), moments_of(meta, device)
+
+    def decode(x):
+        return to_pixels(x, moments, vae)
     require(vae or not meta or not args.denoise, "--denoise draws images, and latents need their VAE.")
     real = load_data(cfg.data, "train", cfg.image_size).images if args.fid and rank == 0 else None
     if args.denoise and rank > 0:
@@ -149,15 +154,14 @@ def main(argv=None):
     if args.denoise:
         trace = []
         draw(args, state, net, diffusion, device, ids, range(4), trace)
-        trace = [(t, to_pixels(x, meta, vae), to_pixels(x0, meta, vae)) for t, x, x0 in trace]
-        save_file(run / "denoise.png", lambda file: draw_denoise(trace, file))
+        save_file(run / "denoise.png", lambda file: draw_denoise(trace, file, decode))
         return say(f"{run / 'denoise.png'}: {how}")
 
     mine = list(range(args.n))[rank::world]
     parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     images = []
     for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
-        x = to_pixels(draw(args, state, net, diffusion, device, ids, part), meta, vae)
+        x = decode(draw(args, state, net, diffusion, device, ids, part))
         images.append(x.cpu() if meta and not vae else to_uint8(x))
     images = torch.cat(images) if images else None
     if world > 1:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, encode, load_data, require,
-                       save_file, save_grid, say, seeded_noise, to_pixels, to_x0, vae_of)
+from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, encode, load_data, moments_of,
+                       require, save_file, save_grid, say, seeded_noise, to_pixels, to_x0, vae_of)
 from dit_selfcond import DiT
 from unet_selfcond import UNet
 from uvit_selfcond import UViT
@@ -66,7 +67,7 @@ class Config:
     model: str = flag("dit", "network", MODELS)
     size: str = flag(None, "one of the network's SIZES [small; unet: base]")
     data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, latents:PATH, shapes, shapes:full")
-    image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16]")
+    image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16; --encode: 256]")
     out: str = flag(None, "run folder [runs/<model>-<size>-<data>]")
     images: int = flag(None, "stop after so many training images [10,000,000 unless --minutes is given]")
     minutes: float = flag(None, "stop after so many minutes")
@@ -86,12 +87,12 @@ class Config:
     seed: int = flag(0, "of weights, batches and noise [0]")
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
     precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
-    compile: bool = flag(True, "torch.compile, where CUDA and Triton are [on]")
+    compile: bool = flag(True, "torch.compile and CUDA graphs, where CUDA and Triton are [on]")
     skip_bad: bool = flag(False, "leave out unreadable images of a folder")
     resident: bool = flag(None, "hold the data on the device [where it fills less than half of what is free]")
     encode: str = flag(None, "instead of training, write the latents of --data into this new folder")
     vae: str = flag("stabilityai/sd-vae-ft-ema", "of --encode: AutoencoderKL, name on the hub or folder")
-    bench: bool = flag(False, "measure the speed for some seconds, on random images; writes nothing")
+    bench: bool = flag(False, "measure the speed on random images, 80 steps; writes nothing")
 
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
@@ -166,7 +167,7 @@ class GroupNorm(nn.GroupNorm):
         m = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])     # (2, B, C)
         m = m.unflatten(2, (self.num_groups, -1))                      # (2, B, G, C / G)
         mean, square = m.mean(3, keepdim=True).expand_as(m).flatten(2)
-        scale = self.weight * (square - mean.square() + self.eps).rsqrt()
+        scale = self.weight * ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(dtype)
 
@@ -193,11 +194,12 @@ class Batches:
     """
 
     def __init__(self, data, cfg, T, device, rank=0, world=1):
-        halves, resident = data.both if data.meta else data.images[None], cfg.resident    # (1 or 2, N, ...)
+        images = data.both.flatten(0, 1) if data.meta else data.images       # latents: 2 N
+        resident = cfg.resident
         if resident is None:
-            resident = device.type != "cuda" or halves.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        self.halves, self.labels = (x.to(device) if resident else x for x in (halves, data.labels))
-        self.meta = data.meta
+            resident = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.images, self.labels = (x.to(device) if resident else x for x in (images, data.labels))
+        self.resident, self.moments = resident, moments_of(data.meta, device)
         self.cfg, self.T, self.K, self.device = cfg, T, len(data.classes), device
         self.mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.pool, self.ahead = None if resident else ThreadPoolExecutor(1), {}
@@ -205,17 +207,26 @@ class Batches:
     def fetch(self, step):
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
         i = torch.randperm(len(self.labels), generator=g)[:self.cfg.batch_size][self.mine]
-        half = torch.rand(self.cfg.batch_size, generator=g)[self.mine] < 0.5 * bool(self.meta)
-        half, i = half.long().to(self.labels.device), i.to(self.labels.device)
-        x, y = self.halves[half, i], self.labels[i]        # latents: half of them of the flipped images
-        return (x.pin_memory(), y.pin_memory()) if self.pool and self.device.type == "cuda" else (x, y)
+        j = i                                              # of latents, half are those of the flipped images
+        if self.moments is not None:
+            j = i + len(self.labels) * (torch.rand(self.cfg.batch_size, generator=g)[self.mine] < 0.5)
+        if self.resident:
+            i, j = self.send(i), self.send(j)
+        x, y = self.images[j], self.labels[i]
+        return (x, y) if self.resident else (self.pin(x), self.pin(y))
+
+    def pin(self, x):                                      # where the GPU fetches it while the host goes on
+        return x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
+
+    def send(self, x):
+        return self.pin(x).to(self.device, non_blocking=True)
 
     def __call__(self, step):
         x, y = self.ahead.pop(step).result() if step in self.ahead else self.fetch(step)
         if self.pool:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        x0 = to_x0(x, self.meta).to(memory_format=LAYOUT[self.device.type])
+        x, y = self.send(x), self.send(y)
+        x0 = to_x0(x, self.moments).to(memory_format=LAYOUT[self.device.type])
         g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
@@ -223,7 +234,7 @@ class Batches:
         noise = torch.randn(B, *x.shape[1:], **on)[self.mine]
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
         y = torch.where(drop, self.K, y) if self.cfg.conditional else None
-        return x0 if self.meta else torch.where(flip, x0.flip(3), x0), t, noise, y
+        return x0 if self.moments is not None else torch.where(flip, x0.flip(3), x0), t, noise, y
 
 @torch.no_grad()
 def update_ema(ema, net, cfg, images):
@@ -304,6 +315,8 @@ def train(cfg):
             f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
     require(len(data.classes) > 1 or not cfg.conditional,
             f"--conditional needs classes, {cfg.data} has one: drop it, or sort them into train/<class>/.")
+    require(not state or state["latents"] == data.meta,
+            f"{path} was trained on other latents than {cfg.data} holds now: choose another --out.")
     for name, value in asdict(state["config"] if state else cfg).items():
         require(name in MAY_CHANGE.split() or value == getattr(cfg, name), f"{path} was trained with {name} "
                 f"{value}: resume it with the same flags, or choose another --out.")
@@ -328,10 +341,11 @@ def train(cfg):
         for part in net.parts:                             # in place, so that parameters keep their names
             part.compile()
         # a step has up to 2,000 kernels, more than the host launches in time: CUDA graphs launch them
-        x0, t, _, y = batches(0)
-        some = [x for x in (x0, t, y) if x is not None]
+        x0 = torch.zeros(micro, channels, cfg.image_size, cfg.image_size, device=device)
+        t = torch.zeros(micro, dtype=torch.int64, device=device)
+        some = x0.to(memory_format=LAYOUT["cuda"]), t, t.clone()
         with autocast():
-            torch.cuda.make_graphed_callables(net, tuple(x[:micro].clone() for x in some))
+            torch.cuda.make_graphed_callables(net, some if cfg.conditional else some[:2])
         for p in net.parameters():                         # else p.grad would be memory of the graph
             p.grad = torch.zeros_like(p)
     elif cfg.compile:
@@ -358,13 +372,13 @@ def train(cfg):
                 num_classes=num_classes, classes=data.classes, latents=data.meta), file))
 
     def draw():
-        if first and bool(vae) == bool(data.meta):         # 8 rows of samples; a column a class, at most 10
+        if draws:                                          # 8 rows of samples; a column a class, at most 10
             K, columns = num_classes, min(num_classes, 10) or 8
             noise = seeded_noise(range(8 * columns), data.images.shape[1:])().to(device)
             y = torch.arange(columns, device=device).repeat(8) if K else None
             with autocast():
                 x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1, clip=not vae)
-            x = to_pixels(x, data.meta, vae)
+            x = to_pixels(x, moments_of(data.meta, device), vae)
             save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
 
     def save_log():
@@ -377,6 +391,7 @@ def train(cfg):
         return bool(late) or bool(cfg.images) and images >= cfg.images
 
     writes, vae = first and not cfg.bench, vae_of(data.meta, device) if first else None
+    draws = first and bool(vae) == bool(data.meta)         # sample grids: of latents only with their VAE
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     if writes:
         git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=Path(__file__).parent,
@@ -417,8 +432,9 @@ def train(cfg):
             loss_sum.item()                                            # waits for the device
             ready = time.time() - START
         if loss_count == LOG_STEPS or done:
+            loss = mean_loss()                                         # waits for the device
             speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
-            record = dict(images=images, loss=mean_loss(), lr=lr, images_per_second=round(speed, 1),
+            record = dict(images=images, loss=loss, lr=lr, images_per_second=round(speed, 1),
                           seconds=round(seconds, 1))
             bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
             if writes:
@@ -433,15 +449,15 @@ def train(cfg):
             draw()
     bar.close()
     if cfg.bench:
-        with FlopCounterMode(display=False) as counter, autocast():    # of the network that is not compiled
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, autocast():
             some = [x if x is None else x[:1] for x in (x0, t, noise, y)]
-            diffusion.loss(ema.requires_grad_(), *some).sum().backward()
+            diffusion.loss(ema.requires_grad_(), *some).sum().backward()       # the EMA is not compiled
         speed, flops = statistics.median(speeds[1:]), counter.get_total_flops()
         return report(cfg, speed, flops, ready, world, chip, dtype)
     save()
     draw()
     say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
-        f"samples: {out / f'samples-{images}.png' if bool(vae) == bool(data.meta) else 'not decoded'}")
+        f"samples: {out / f'samples-{images}.png' if draws else 'not decoded'}")
 
 @command
 def main(argv=None):

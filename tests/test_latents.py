@@ -201,14 +201,15 @@ def test_load(latents):
     data = diffusion.load_data(f"latents:{latents}", "train")
     both = np.load(latents / "train/latents.npy")
     assert np.array_equal(data.images, both[0]) and np.array_equal(data.both, both) and data.masks is None
-    x = diffusion.to_x0(data.both.flatten(0, 1), data.meta).double()
+    moments = diffusion.moments_of(data.meta, CPU)
+    x = diffusion.to_x0(data.both.flatten(0, 1), moments).double()
     assert error(x.mean((0, 2, 3)), torch.zeros(4)) < 1e-5
     assert error(x.std((0, 2, 3), correction=0), torch.ones(4)) < 1e-5
     vae = diffusion.load_vae(data.meta["vae"], CPU)
-    x0 = diffusion.to_x0(data.images[:20], data.meta)
-    assert error(diffusion.to_pixels(x0, data.meta, None), data.images[:20]) < 1e-4
+    x0 = diffusion.to_x0(data.images[:20], moments)
+    assert error(diffusion.to_pixels(x0, moments, None), data.images[:20]) < 1e-4
     expected = vae.decode(data.images[:20].float()).sample
-    assert error(diffusion.to_pixels(x0, data.meta, vae), expected) < 1e-4 and expected.shape[-1] == SIZE
+    assert error(diffusion.to_pixels(x0, moments, vae), expected) < 1e-4 and expected.shape[-1] == SIZE
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -217,7 +218,7 @@ def test_batches(latents, resident):
     data = diffusion.load_data(f"latents:{latents}", "train")
     cfg = train.Config(batch_size=N, conditional=True, resident=resident)
     batches, flipped, orders = train.Batches(data, cfg, 1000, CPU), 0, []
-    halves = [diffusion.to_x0(half, data.meta) for half in data.both]
+    halves = [diffusion.to_x0(half, batches.moments) for half in data.both]
     for step in range(5):
         x0, _, _, y = batches(step)
         found = [[(x - half).abs().amax((1, 2, 3)).argmin().item() for half in halves] for x in x0]
@@ -262,6 +263,10 @@ def cut(name, n):
     lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe\x00"),
     lambda folder: (folder / "train/labels.npy").unlink(),
     lambda folder: np.save(folder / "train/labels.npy", np.zeros(7, np.int64)),
+    lambda folder: np.save(folder / "train/labels.npy", np.full(N, -1)),
+    lambda folder: np.save(folder / "train/labels.npy", np.zeros(N)),
+    lambda folder: np.save(folder / "train/labels.npy", np.zeros((N, 2), np.int64)),
+    change(mean=[float("nan"), 0, 0, 0]), change(mean=list("abcd")),
     lambda folder: np.save(folder / "train/labels.npy", np.array([print], object)),
     lambda folder: np.save(folder / "train/latents.npy", np.zeros((2, N, 4, SIDE, SIDE))),
 ])
@@ -284,8 +289,9 @@ def test_trained(trained, latents):
     noise, y = diffusion.seeded_noise(range(16), (4, SIDE, SIDE))(), torch.arange(2).repeat(8)
     x = gaussian.sample(net, noise, y, null=2, guidance=train.GUIDANCE, clip=False)
     vae = diffusion.load_vae(state["latents"]["vae"], CPU)
+    moments = diffusion.moments_of(state["latents"], CPU)
     with open(trained / "expected.png", "wb") as file:
-        diffusion.save_grid(diffusion.to_pixels(x, state["latents"], vae), file, 2)
+        diffusion.save_grid(diffusion.to_pixels(x, moments, vae), file, 2)
     names = "samples-16.png", "expected.png"
     grid, expected = (np.asarray(Image.open(trained / name), int) for name in names)
     assert grid.shape == (8 * 68 + 4, 2 * 68 + 4, 3) and np.abs(grid - expected).max() <= 1
@@ -300,7 +306,8 @@ def test_sample(trained):
     y = torch.arange(6) % 2
     x = gaussian.sample(net, noise, y, null=2, steps=3, guidance=train.GUIDANCE, clip=False)
     vae = diffusion.load_vae(state["latents"]["vae"], CPU)
-    expected = diffusion.to_uint8(diffusion.to_pixels(x, state["latents"], vae)).permute(0, 2, 3, 1).numpy()
+    moments = diffusion.moments_of(state["latents"], CPU)
+    expected = diffusion.to_uint8(diffusion.to_pixels(x, moments, vae)).permute(0, 2, 3, 1).numpy()
     assert pixels.shape == (6, SIZE, SIZE, 3) and np.abs(pixels.astype(int) - expected).max() <= 1
     sample.main([str(trained), *"--denoise --steps 3 --device cpu".split()])
     assert Image.open(trained / "denoise.png").width > 3 * 64
@@ -333,9 +340,10 @@ def test_probe(trained, latents, capsys):
         seen.append(x)
         return x, {"x": x}
     _, _, gaussian = train.load_run(trained, CPU)
-    source = probe.Source(net, gaussian, lambda: torch.no_grad(), CPU, data.meta)
+    moments = diffusion.moments_of(data.meta, CPU)
+    source = probe.Source(net, gaussian, lambda: torch.no_grad(), CPU, moments)
     list(probe.extract(source, probe.Part(data.images, data.labels), [0], args))
-    assert error(torch.cat(seen), diffusion.to_x0(data.images, data.meta)) < 0.1      # t = 0: almost clean
+    assert error(torch.cat(seen), diffusion.to_x0(data.images, moments)) < 0.1      # t = 0: almost clean
 
 
 def test_refused(trained, latents, vae, photos, tmp_path, capsys):
@@ -350,6 +358,8 @@ def test_refused(trained, latents, vae, photos, tmp_path, capsys):
             (tmp_path / "config.json").write_text(json.dumps(config))
         with refused(capsys, "AutoencoderKL", str(tmp_path)):
             train.main(encoding(out, photos, tmp_path))
+    with refused(capsys, "encoded already"):
+        train.main([*encoding(out, photos, vae), "--data", f"latents:{latents}"])
     with refused(capsys, "8 x 8", "--image-size"):
         train.main([*NET.split(), "--data", f"latents:{latents}", "--image-size", "16", "--out", str(out)])
     with refused(capsys, "--augment", "latents"):
