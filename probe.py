@@ -107,6 +107,8 @@ def load(spec, split, task, cfg, channels, latents=None):
     require(bool(latents) == bool(data.meta) and (not latents or latents["vae"] == data.meta["vae"]),
             f"{spec} is not of the kind that was trained on ({latents['vae'] if latents else 'images'}): use "
             "images for a network of images, latents of the same VAE for one of latents.")
+    require(latents or images.dtype == torch.uint8,
+            f"{spec} has {images.dtype} images: give uint8, 0 to 255.")
     require(C == channels or {C, channels} == {1, 3},
             f"{spec} has {C} channels, the network {channels}: probe it on data with as many.")
     if C != channels:

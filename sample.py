@@ -163,7 +163,7 @@ def main(argv=None):
     for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
         x = decode(draw(args, state, net, diffusion, device, ids, part))
         images.append(x.cpu() if meta and not vae else to_uint8(x))
-    images = torch.cat(images) if images else None
+    images = torch.cat(images) if images else []
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(images, shares)
