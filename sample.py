@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from diffusion import (load_data, moments_of, require, save_file, save_grid, say, seeded_noise, to_pixels,
                        to_uint8, vae_of)
-from train import GUIDANCE, command, load_run, pick_autocast, setup
+from train import GUIDANCE, command, compile_parts, load_run, pick_autocast, setup
 
 
 def parse(argv):
@@ -41,6 +41,7 @@ def parse(argv):
     parser.add_argument("--fid", action="store_true", help="FID against the training set (torch-fidelity)")
     parser.add_argument("--fid-weights", metavar="FILE", help="Inception weights for --fid [downloaded]")
     parser.add_argument("--denoise", action="store_true", help="a picture of the reverse process instead")
+    parser.add_argument("--compile", action="store_true", help="for many images: compile, then be faster")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
@@ -159,9 +160,14 @@ def main(argv=None):
 
     mine = list(range(args.n))[rank::world]
     parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    if args.compile:
+        require(device.type != "cuda" or torch.utils._triton.has_triton(), "--compile needs Triton: leave it out.")
+        compile_parts(net)
     images = []
     for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
-        x = decode(draw(args, state, net, diffusion, device, ids, part))
+        # a last batch that is smaller would be compiled anew
+        with torch.compiler.set_stance("default" if len(part) == args.batch_size else "force_eager"):
+            x = decode(draw(args, state, net, diffusion, device, ids, part))
         images.append(x.cpu() if meta and not vae else to_uint8(x))
     images = torch.cat(images) if images else []
     if world > 1:

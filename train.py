@@ -184,6 +184,12 @@ def build(cfg, channels, num_classes, device):
             m.__class__ = GroupNorm
     return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
 
+def compile_parts(net):
+    """Compile a network block by block, in place, so that parameters keep their names."""
+    torch._dynamo.config.recompile_limit = 64              # all blocks of a class share it, one graph a width
+    for part in net.parts:
+        part.compile()
+
 class Batches:
     """The batch of a step: a pure function of (seed, step), however many processes share it.
 
@@ -337,9 +343,8 @@ def train(cfg):
         images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]
     batches = Batches(data, cfg, diffusion.T, device, rank, world)
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
-        torch._dynamo.config.recompile_limit = 64          # all blocks of a class share it, one graph a width
-        for part in net.parts:                             # in place, so that parameters keep their names
-            part.compile()
+        say("compiling: the first time it takes up to minutes, later it comes from a cache")
+        compile_parts(net)
         # a step has up to 2,000 kernels, more than the host launches in time: CUDA graphs launch them
         x0 = torch.zeros(micro, channels, cfg.image_size, cfg.image_size, device=device)
         t = torch.zeros(micro, dtype=torch.int64, device=device)

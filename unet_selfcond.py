@@ -176,8 +176,8 @@ class UNet(nn.Module):
 
     @property
     def parts(self):
-        """What there is to compile, one by one: all but single convolutions and the embeddings."""
-        return [*(m for m in self.modules() if isinstance(m, (Block, Upsample))), self.end]
+        """What there is to compile, one by one; of the rest the compiler makes nothing faster."""
+        return [*self.blocks, self.end]
 
     def encoder(self, x, t, y=None, feats=None):
         """Everything up to the bottleneck -> its features h (B, D, h, w), conditioning c (B, E), skips."""

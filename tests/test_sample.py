@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 import diffusion
 import sample
 import train
+import unet_selfcond
 from diffusion import GaussianDiffusion, draw_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +198,19 @@ def test_any_batch_size(draw, calls, run, sampler):
         assert all(torch.equal(noise, other) for noise, other in zip(drawn, expected[1:]))
         assert error(pixels[size], pixels[64]) <= 2
     assert all(error(a, b) > 50 for a, b in zip(pixels[64], pixels[64][1:])), "every seed its image"
+
+
+def test_compile(draw, monkeypatch):
+    """--compile compiles whole batches only, each part of the network once, and draws the same images."""
+    real, stats = torch.nn.Module.compile, torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    torch._dynamo.reset()
+    stats.clear()
+    flags = "--n 5 --steps 2 --guidance 1 --batch-size"
+    expected = draw("classes", f"{flags} 2")
+    assert error(draw("classes", f"{flags} 8 --compile"), expected) <= 2 and not stats["unique_graphs"]
+    assert error(draw("classes", f"{flags} 2 --compile"), expected) <= 2
+    assert 1 < stats["unique_graphs"] <= len(unet_selfcond.UNet(**unet_selfcond.UNet.SIZES["tiny"]).parts)
 
 
 def test_seed_counts_on(draw):
