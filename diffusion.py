@@ -293,6 +293,9 @@ def load_folder(root, split, size, skip_bad):
 
 # --- latents: images, encoded by a frozen VAE ---
 
+VAE_PIXELS = 16 * 256 ** 2          # that a VAE works on at a time
+
+
 def load_vae(name, device):
     """A frozen diffusers.AutoencoderKL, by its name on the hub or its folder. Raises UserError."""
     try:
@@ -305,6 +308,11 @@ def load_vae(name, device):
         raise UserError(f"{name} is no AutoencoderKL that can be loaded ({why}): name one of the hub, while "
                         "online, or the folder of one.")
     return vae.to(device).eval().requires_grad_(False)
+
+
+def scale_of(vae):
+    """How many pixels of an image make one of its latent, along a side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def vae_of(meta, device):
@@ -337,7 +345,7 @@ def read_images(spec, split, size, skip_bad, batch):
 
 
 @torch.no_grad()
-def encode(spec, out, size, name, device, skip_bad=False, batch=16):
+def encode(spec, out, size, name, device, skip_bad=False):
     """Writes the latents of a data set into the new folder out. Raises UserError.
 
     <split>/latents.npy (2, N, C, h, w) float16: posterior means of all images, then of the flipped images, so
@@ -348,7 +356,7 @@ def encode(spec, out, size, name, device, skip_bad=False, batch=16):
     require(not out.exists(), f"{out} exists: choose another folder, or remove it.")
     require(not spec.startswith("latents:"), f"{spec} is encoded already: give images.")
     vae, sums = load_vae(name, device), 0
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor, batch = scale_of(vae), max(1, VAE_PIXELS // size ** 2)
     require(size % factor == 0, f"--image-size {size} does not fit {name}: use a multiple of {factor}.")
     shutil.rmtree(part, ignore_errors=True)                          # of an encoding that was killed
     try:
@@ -434,12 +442,15 @@ def to_x0(images, moments):
     return images.float() / 127.5 - 1 if moments is None else (images.float() - moments[0]) / moments[1]
 
 
-def to_pixels(x, moments, vae, batch=16):
+def to_pixels(x, moments, vae):
     """The way back: x as the network sees it -> images (N, C, H, W) in [-1, 1]; without a VAE, latents."""
     if moments is None:
         return x
     z = x.float() * moments[1] + moments[0]
-    return z if vae is None else torch.cat([vae.decode(some).sample.float() for some in z.split(batch)])
+    if vae is None:
+        return z
+    batch = max(1, VAE_PIXELS // (scale_of(vae) ** 2 * z[0, 0].numel()))
+    return torch.cat([vae.decode(some).sample.float() for some in z.split(batch)])
 
 
 # --- a data set without a download: ten shapes, drawn by their signed distance functions ---

@@ -44,6 +44,14 @@ def encoding(out, photos, vae):
             "--device", "cpu"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """The VAE sees 16 images at a time, so that there are several batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "VAE_PIXELS", 16 * SIZE ** 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """The folder of an AutoencoderKL that scales down by 2."""
