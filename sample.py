@@ -161,7 +161,9 @@ def main(argv=None):
     mine = list(range(args.n))[rank::world]
     parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     if args.compile:
-        require(device.type != "cuda" or torch.utils._triton.has_triton(), "--compile needs Triton: leave it out.")
+        there = device.type != "cuda" or torch.utils._triton.has_triton()
+        require(there, "--compile needs Triton, which is not installed: leave it out.")
+        torch.backends.cudnn.benchmark = True
         compile_parts(net)
     images = []
     for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
