@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, encode, load_data, moments_of,
                        require, save_file, save_grid, say, seeded_noise, to_pixels, to_x0, vae_of)
 from dit_selfcond import DiT
-from unet_selfcond import UNet
+from unet_selfcond import GroupNorm, UNet
 from uvit_selfcond import UViT
 
 MODELS = {"unet": UNet, "uvit": UViT, "dit": DiT}
@@ -154,22 +154,6 @@ def pick_autocast(name, device):
         dtype = None
     # no cache: each weight is used once, and CUDA graphs forbid it
     return lambda: torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext(), dtype
-
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm by the moments of each channel, in the dtype of x; takes its place on CUDA, channels_last.
-
-    There nn.GroupNorm, compiled or not, copies every map into the other layout and back, in float32: a fifth
-    of a step of the UNet. On a CPU it is the faster one.
-    """
-
-    def forward(self, x):
-        dtype, x = x.dtype, x.to(self.weight.dtype)                    # moments of bf16 are taken in float32
-        m = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])     # (2, B, C)
-        m = m.unflatten(2, (self.num_groups, -1))                      # (2, B, G, C / G)
-        mean, square = m.mean(3, keepdim=True).expand_as(m).flatten(2)
-        scale = self.weight * ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(dtype)
 
 def build(cfg, channels, num_classes, device):
     """-> network on the device, diffusion. Raises UserError where the image size does not fit the network."""

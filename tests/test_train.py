@@ -25,6 +25,7 @@ from torch import nn
 
 import diffusion
 import train
+import unet_selfcond
 
 ROOT = Path(train.__file__).parent
 BASE = ("--model dit --size tiny --data shapes --image-size 8 --batch-size 16 --images 64 "
@@ -1260,13 +1261,13 @@ def test_compiled(tmp_path, monkeypatch, model):
 
 
 def test_group_norm():
-    """train.GroupNorm has the values and gradients of nn.GroupNorm, whose place it takes on CUDA only."""
+    """The UNet's GroupNorm has the values and gradients of nn.GroupNorm, whose place it takes on CUDA."""
     torch.manual_seed(0)
     norm, x = torch.nn.GroupNorm(4, 12), 3 * torch.randn(2, 12, 5, 5) + 2
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-13)):
         found = []
-        for cls in (torch.nn.GroupNorm, train.GroupNorm):
+        for cls in (torch.nn.GroupNorm, unet_selfcond.GroupNorm):
             norm.__class__, h = cls, x.to(dtype).requires_grad_()
             out = norm.to(dtype)(h)
             found.append([out, *torch.autograd.grad(out.square().sum(), [h, norm.weight, norm.bias])])
@@ -1278,7 +1279,7 @@ def test_group_norm():
     expected = torch.nn.functional.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
     assert norm(x).dtype == torch.bfloat16 and (norm(x) - expected).abs().max() < 0.02
     kinds = {type(m) for m in train.build(config("--model unet"), 3, 0, CPU)[0].modules()}
-    assert torch.nn.GroupNorm in kinds and train.GroupNorm not in kinds
+    assert torch.nn.GroupNorm in kinds and unet_selfcond.GroupNorm not in kinds
 
 
 # --- --bench ---
