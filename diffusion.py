@@ -16,17 +16,20 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import ImageOps
+from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
@@ -150,6 +153,55 @@ class GaussianDiffusion:
         return out_null + guidance * (out_y - out_null)
 
 
+# --- contrastive self-distillation: z of an image against the EMA teacher's z of another view of it ---
+
+class Student(nn.Module):
+    """A network whose forward pass also gives the projection of its z, (B, 128): what DDP must see as one."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t, y=None):
+        eps, feats = self.net(x, t, y, return_features=True)
+        return eps, self.net.projector(feats[self.net.bottleneck].float().mean((2, 3)))
+
+
+def projector(net):
+    """An MLP for z of a network, from its width to 128 (SimCLR, arXiv 2002.05709, section 2.1)."""
+    one = torch.zeros(1, net.channels, net.image_size, net.image_size)
+    D = net.encode(one, torch.zeros(1, dtype=torch.int64)).shape[1]
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 1024), nn.GELU(), nn.Linear(1024, 128))
+
+
+def augment(x0, u, colours=True):
+    """Another view of each image x0 (B, C, H, W): a part of it, mirrored or not, in other colours.
+
+    u (B, 10) in [0, 1) chooses. The part has half to all of the area; each colour channel is scaled by 0.6 to
+    1.4 and shifted by up to 0.4.
+    """
+    side = (0.5 + 0.5 * u[:, 0]).sqrt()
+    place = (1 - side)[:, None] * (2 * u[:, 1:3] - 1)                                   # of its middle
+    mirror = torch.where(u[:, 3] < 0.5, 1, -1)
+    zero = torch.zeros_like(side)
+    theta = torch.stack([side * mirror, zero, place[:, 0], zero, side, place[:, 1]], dim=1).view(-1, 2, 3)
+    x = F.grid_sample(x0, F.affine_grid(theta, x0.shape, align_corners=False), align_corners=False)
+    if colours:
+        scale, shift = (0.8 * u[:, 4:10, None, None] - 0.4).chunk(2, dim=1)
+        x = (1 + scale) * x + shift
+    return x
+
+
+def contrast(p, keys, own, temperature=0.2):
+    """InfoNCE per image (n,): p (n, D) is to be like keys[own], unlike the rest (arXiv 1807.03748, eq. 4).
+
+    keys (N, D); own (n,) int64. In float32: half precision overflows.
+    """
+    with torch.autocast(p.device.type, enabled=False):
+        p, keys = F.normalize(p.float(), dim=1), F.normalize(keys.float(), dim=1)
+        return F.cross_entropy(p @ keys.T / temperature, own, reduction="none")
+
+
 # --- tools of all programs ---
 
 class UserError(Exception):
@@ -164,6 +216,47 @@ def require(ok, message):
 def say(message, file=None):          # one line on the console, from the first process only
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message, file=file)
+
+
+def command(body):
+    """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
+    def main(argv=None):
+        try:
+            body(argv)
+        except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
+            say(f"error: {e}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return main
+
+
+def setup(name=None):
+    """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = name or next(kind for kind in there if there[kind])
+    require(there.get(name), f"--device {name} is not there: use {', '.join(k for k in there if there[k])}.")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    torch.cuda.set_device(device) if name == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_autocast(name, device):
+    """-> a maker of autocast contexts, its dtype. What does not work here gives way to fp32, said once."""
+    if name is None and device.type == "cuda":      # below capability 8, bf16 is only emulated
+        name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    try:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+    except Exception as e:
+        say(f"{name} does not work on {device} ({e}): going on in fp32")
+        dtype = None
+    # no cache: each weight is used once, and CUDA graphs forbid it
+    return lambda: torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext(), dtype
 
 
 def save_file(path, write):

@@ -27,8 +27,9 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from diffusion import Data, load_data, moments_of, require, save_file, say, to_x0
-from train import LAYOUT, VERSIONS, build, command, load_run, mix, pick_autocast, setup
+from diffusion import (Data, command, load_data, moments_of, pick_autocast, require, save_file, say, setup,
+                       to_x0)
+from train import LAYOUT, VERSIONS, build, load_run, mix
 
 SOME_SHAPES = 5_000                                 # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]        # noise levels t, from almost clean to hardly recognisable

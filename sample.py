@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from diffusion import (load_data, moments_of, require, save_file, save_grid, say, seeded_noise, to_pixels,
-                       to_uint8, vae_of)
-from train import GUIDANCE, command, compile_parts, load_run, pick_autocast, setup
+from diffusion import (command, load_data, moments_of, pick_autocast, require, save_file, save_grid, say,
+                       seeded_noise, setup, to_pixels, to_uint8, vae_of)
+from train import GUIDANCE, compile_parts, load_run
 
 
 def parse(argv):

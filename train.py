@@ -7,7 +7,7 @@ Lengths are in images and the batch size is global: more GPUs are faster, the ex
 randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
 """
-import argparse, copy, json, math, os, platform, statistics, subprocess, sys, time  # noqa: E401
+import argparse, copy, json, math, platform, statistics, subprocess, sys, time  # noqa: E401
 START = time.time()       # before torch is imported: --bench counts from here to the first step
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, UserError, encode, load_data, moments_of,
-                       require, save_file, save_grid, say, seeded_noise, to_pixels, to_x0, vae_of)
+from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, Student, UserError, augment, command, contrast,
+                       encode, load_data, moments_of, pick_autocast, projector, require, save_file, save_grid,
+                       say, seeded_noise, setup, to_pixels, to_x0, vae_of)
 from dit_selfcond import DiT
 from unet_selfcond import GroupNorm, UNet
 from uvit_selfcond import UViT
@@ -36,25 +37,13 @@ EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the imag
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
 PEAK = dict(A100=312, H100=989, H200=989)     # dense bf16 TFLOP/s, by the vendor
 VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
+TEACHER_T = 100           # the teacher of --distill sees a view with less noise than at this step
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
 LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format)   # of images
 
 def mix(*numbers):
     """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-def command(body):
-    """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
-    def main(argv=None):
-        try:
-            body(argv)
-        except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
-            say(f"error: {e}", file=sys.stderr)
-            sys.exit(2)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    return main
 
 
 # --- config: flags, help, log record and checkpoint record at once ---
@@ -82,6 +71,7 @@ class Config:
     resume: bool = flag(False, "continue the run in --out; start fresh if it has no checkpoint")
     conditional: bool = flag(False, "train with the class labels")
     self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
+    distill: float = flag(None, "weight of contrastive self-distillation of z [off]")
     target: str = flag("eps", "what the network predicts [eps]", TARGETS)
     schedule: str = flag("linear", "noise schedule [linear]", SCHEDULES)
     seed: int = flag(0, "of weights, batches and noise [0]")
@@ -130,31 +120,6 @@ def parse_config(argv=None):
 
 # --- pieces of the loop ---
 
-def setup(name=None):
-    """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = name or next(kind for kind in there if there[kind])
-    require(there.get(name), f"--device {name} is not there: use {', '.join(k for k in there if there[k])}.")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    torch.cuda.set_device(device) if name == "cuda" else None
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    return device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-def pick_autocast(name, device):
-    """-> a maker of autocast contexts, its dtype. What does not work here gives way to fp32, said once."""
-    if name is None and device.type == "cuda":      # below capability 8, bf16 is only emulated
-        name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-    try:
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
-    except Exception as e:
-        say(f"{name} does not work on {device} ({e}): going on in fp32")
-        dtype = None
-    # no cache: each weight is used once, and CUDA graphs forbid it
-    return lambda: torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext(), dtype
-
 def build(cfg, channels, num_classes, device):
     """-> network on the device, diffusion. Raises UserError where the image size does not fit the network."""
     try:
@@ -162,6 +127,8 @@ def build(cfg, channels, num_classes, device):
         net = net_class(cfg.image_size, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
     except ValueError as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
+    if cfg.distill:                                        # last: the rest starts as it does without
+        net.projector = projector(net)
     net = net.to(device, memory_format=LAYOUT[device.type])
     for m in net.modules():
         if type(m) is nn.GroupNorm and device.type == "cuda":
@@ -225,6 +192,14 @@ class Batches:
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
         y = torch.where(drop, self.K, y) if self.cfg.conditional else None
         return x0 if self.moments is not None else torch.where(flip, x0.flip(3), x0), t, noise, y
+
+    def noisy_view(self, x0, step, diffusion):
+        """Another view of each image, with a little noise: x_t, t. A function of (seed, step) as well."""
+        g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 0, 1))
+        B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
+        u, t = torch.rand(B, 10, **on)[self.mine], torch.randint(TEACHER_T, (B,), **on)[self.mine]
+        view = augment(x0, u, colours=self.moments is None)
+        return diffusion.add_noise(view, t, torch.randn(B, *x0.shape[1:], **on)[self.mine]), t
 
 @torch.no_grad()
 def update_ema(ema, net, cfg, images):
@@ -321,34 +296,54 @@ def train(cfg):
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     autocast, dtype = pick_autocast(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, images, loss_count, loss_sum = time.time(), 0, 0, torch.zeros((), device=device)
+    start, images, loss_count = time.time(), 0, 0
+    weights = torch.tensor([1.0] + [cfg.distill] * bool(cfg.distill), device=device)     # of the losses
+    loss_sum = torch.zeros_like(weights)
     if state:
         restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
-        images, loss_count, loss_sum = state["images"], state["loss_count"], loss_sum + state["loss_sum"]
+        images, loss_count = state["images"], state["loss_count"]
+        loss_sum += loss_sum.new_tensor(state["loss_sum"])
     batches = Batches(data, cfg, diffusion.T, device, rank, world)
+    student, p = Student(net) if cfg.distill else net, None
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         say("compiling: the first time it takes up to minutes, later it comes from a cache")
         compile_parts(net)
+        if cfg.distill:
+            compile_parts(ema)
         # a step has up to 2,000 kernels, more than the host launches in time: CUDA graphs launch them
         x0 = torch.zeros(micro, channels, cfg.image_size, cfg.image_size, device=device)
         t = torch.zeros(micro, dtype=torch.int64, device=device)
         some = x0.to(memory_format=LAYOUT["cuda"]), t, t.clone()
         with autocast():
-            torch.cuda.make_graphed_callables(net, some if cfg.conditional else some[:2])
+            torch.cuda.make_graphed_callables(student, some if cfg.conditional else some[:2])
         for p in net.parameters():                         # else p.grad would be memory of the graph
             p.grad = torch.zeros_like(p)
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
-    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if ddp else net
+    model = DistributedDataParallel(student, gradient_as_bucket_view=True) if ddp else student
     count = sum(p.numel() for p in net.parameters())
+
+    @torch.no_grad()
+    def teach(step):                                       # the teacher's keys (batch, 128), of all processes
+        parts = zip(*(part.split(micro) for part in batches.noisy_view(x0, step, diffusion)))
+        with autocast():
+            keys = torch.cat([ema.projector(ema.encode(*part)).float() for part in parts])
+        if ddp:
+            dist.all_gather(every := [torch.empty_like(keys) for _ in range(world)], keys)
+        return torch.cat(every) if ddp else keys
+
+    def denoise(*some):                                    # keeps the projection of z, where there is one
+        nonlocal p
+        out, p = model(*some) if cfg.distill else (model(*some), None)
+        return out
 
     def mean_loss():                                       # since the last log point, over all processes
         total = loss_sum.clone()
         if ddp:
             dist.all_reduce(total)
-        mean = total.item() / world / max(loss_count, 1)
-        require(math.isfinite(mean), f"the loss is not finite between {logged} and {images} images, {path} "
-                                     "is from before: lower --lr.")
+        mean = (total / world / max(loss_count, 1)).tolist()
+        require(all(map(math.isfinite, mean)), f"the loss is not finite between {logged} and {images} "
+                                               f"images, {path} is from before: lower --lr.")
         return mean
 
     def save():
@@ -357,7 +352,7 @@ def train(cfg):
             save_file(path, lambda file: torch.save(dict(
                 step=images // cfg.batch_size, images=images, config=asdict(cfg), model=net.state_dict(),
                 ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                loss_sum=mean * loss_count, loss_count=loss_count, channels=channels,
+                loss_sum=[x * loss_count for x in mean], loss_count=loss_count, channels=channels,
                 num_classes=num_classes, classes=data.classes, latents=data.meta), file))
 
     def draw():
@@ -365,7 +360,7 @@ def train(cfg):
             K, columns = num_classes, min(num_classes, 10) or 8
             noise = seeded_noise(range(8 * columns), data.images.shape[1:])().to(device)
             y = torch.arange(columns, device=device).repeat(8) if K else None
-            with autocast():
+            with autocast(), torch.compiler.set_stance("force_eager"):
                 x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1, clip=not vae)
             x = to_pixels(x, moments_of(data.meta, device), vae)
             save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
@@ -401,11 +396,16 @@ def train(cfg):
         torch.manual_seed(mix(cfg.seed, step, 2 + rank))               # dropout follows (seed, step) too
         fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
+        keys = teach(step) if cfg.distill else None
         for i in range(0, share, micro):
             with model.no_sync() if ddp and i + micro < share else nullcontext(), autocast():
                 some = [x if x is None else x[i:i + micro] for x in (x0, t, noise, y)]
-                loss = diffusion.loss(model, *some).sum() / share
-                scaler.scale(loss).backward()
+                parts = [diffusion.loss(denoise, *some)]
+                if cfg.distill:                            # the more of an image is left, the more z can know
+                    own = rank * share + i + torch.arange(micro, device=device)
+                    parts.append(diffusion.abar[some[1]] * contrast(p, keys, own))
+                loss = torch.stack(parts).sum(1) / share
+                scaler.scale(loss @ weights).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
@@ -418,12 +418,12 @@ def train(cfg):
         done = over()
         bar.update(cfg.batch_size)
         if cfg.bench and images == cfg.batch_size:
-            loss_sum.item()                                            # waits for the device
+            loss_sum.tolist()                                          # waits for the device
             ready = time.time() - START
         if loss_count == LOG_STEPS or done:
-            loss = mean_loss()                                         # waits for the device
+            mean = dict(zip(("loss", "distill"), mean_loss()))         # waits for the device
             speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
-            record = dict(images=images, loss=loss, lr=lr, images_per_second=round(speed, 1),
+            record = dict(images=images, **mean, lr=lr, images_per_second=round(speed, 1),
                           seconds=round(seconds, 1))
             bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
             if writes:

@@ -627,6 +627,145 @@ def test_twins(tmp_path, monkeypatch, model):
     assert on[0] == off[0] and on[-1] != off[-1]
 
 
+# --- contrastive self-distillation ---
+
+DISTILL = f"{MOVES} --distill 0.5 --images 96"
+NEUTRAL = torch.tensor([[1, .5, .5, 0, .5, .5, .5, .5, .5, .5]])
+
+
+def test_contrast():
+    """InfoNCE by its formula, image by image; in float32 also under autocast."""
+    p, keys, own = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([2, 0, 3])
+    likeness = nn.functional.cosine_similarity(p[:, None], keys[None], dim=2) / 0.2
+    expected = torch.stack([-(row[i].exp() / row.exp().sum()).log() for row, i in zip(likeness, own)])
+    assert (diffusion.contrast(p, keys, own) - expected).abs().max() < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (diffusion.contrast(p, keys, own) - expected).abs().max() < 1e-5
+
+
+def test_augment():
+    """A view is a part of the image, mirrored or not, in other colours; neutral choices change nothing."""
+    x0, u = torch.rand(2, 3, 16, 16) * 2 - 1, NEUTRAL.repeat(2, 1)
+    assert (diffusion.augment(x0, u) - x0).abs().max() < 1e-5
+    u[1, 3] = 1                                                              # only the second is mirrored
+    view = diffusion.augment(x0, u)
+    assert (view[0] - x0[0]).abs().max() < 1e-5 and (view[1] - x0[1].flip(2)).abs().max() < 1e-5
+    ramp = torch.linspace(-1, 1, 16).expand(2, 3, 16, 16)                    # from left to right
+    u = NEUTRAL.repeat(2, 1)
+    u[:, 0], u[0, 1], u[1, 1] = 0, 0, 1                                      # half the area: left, right
+    left, right = diffusion.augment(ramp, u)
+    assert -1 <= left.min() < -0.9 and 0.3 < left.max() < 0.45 and (left + right.flip(2)).abs().max() < 1e-5
+    u = NEUTRAL.repeat(2, 1)
+    u[0, 4:], u[1, 6] = torch.tensor([1, 0.5, 0.5, 0.5, 0.5, 1]), 0
+    view = diffusion.augment(x0, u)
+    expected = x0 * torch.tensor([[1.4, 1, 1], [1, 1, 0.6]])[..., None, None]
+    expected[0, 2] += 0.4
+    assert (view - expected).abs().max() < 1e-5
+    assert (diffusion.augment(x0, u, colours=False) - x0).abs().max() < 1e-5
+
+
+def test_noisy_view(noise_data):
+    """The other view follows from (seed, step), in shares too; it is of the same image, its t is small."""
+    parts = [batches(noise_data, rank=rank, world=2) for rank in range(2)]
+    whole, process = batches(noise_data), train.GaussianDiffusion()
+    for step in (0, 3):
+        x_t, t = whole.noisy_view(whole(step)[0], step, process)
+        shares = zip(*(part.noisy_view(part(step)[0], step, process) for part in parts))
+        assert all(torch.equal(torch.cat(a), b) for a, b in zip(shares, (x_t, t)))
+        assert 0 <= t.min() and t.max() < train.TEACHER_T and len(t.unique()) > 8
+    assert not torch.equal(t, whole.noisy_view(whole(0)[0], 0, process)[1])
+
+
+@each_model
+def test_student(model):
+    """One forward pass of the student gives the network's answer and the projection of its z."""
+    net, _ = train.build(config(f"--model {model} --distill 1 --image-size 16"), 3, 0, CPU)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.05)
+    x, t = torch.randn(4, 3, 16, 16), torch.tensor([1, 5, 300, 900])
+    eps, p = diffusion.Student(net.eval())(x, t)
+    assert torch.equal(eps, net(x, t)) and torch.equal(p, net.projector(net.encode(x, t)))
+    assert p.shape == (4, 128) and p.std() > 1e-3
+
+
+@each_model
+def test_distill(tmp_path, monkeypatch, model):
+    """The first step by hand: both losses, the gradient of their sum, weighted; the rest starts as without.
+
+    The teacher, at first a copy of the student, sees another view; the less noise, the more an image counts.
+    """
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    flags, cfg = f"--model {model} --images 16", config(f"--model {model} --distill 0.5")
+    state, plain = run(tmp_path / "run", f"{flags} --distill 0.5"), run(tmp_path / "plain", flags)
+    torch.manual_seed(train.mix(0))
+    net, process = train.build(cfg, 3, 10, CPU)
+    make = train.Batches(train.load_data("shapes", "train", 8), cfg, 1000, CPU)
+    x0, t, noise, y = make(0)
+    eps, feats = net(x_t := process.add_noise(x0, t, noise), t, y, return_features=True)
+    loss = (eps - process.to_target(x0, t, noise)).square().mean()
+    z, keys = net.encode(x_t, t, y), net.encode(*make.noisy_view(x0, 0, process)).detach()
+    apart = diffusion.contrast(net.projector(z), net.projector(keys).detach(), torch.arange(16))
+    apart = (process.abar[t] * apart).mean()
+    (loss + 0.5 * apart).backward()
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in net.parameters()]
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    expected = {i: 0.1 * g / norm.clamp(min=train.CLIP) for i, g in enumerate(grads)}
+    assert error(moments(state), expected) < 1e-6
+    record = log(tmp_path / "run")[1][0]
+    assert (record["loss"], record["distill"]) == pytest.approx((loss.item(), apart.item()), abs=1e-5)
+    assert "distill" not in log(tmp_path / "plain")[1][0]
+    assert losses(tmp_path / "plain")[16] == record["loss"]
+    assert {k for k in state["model"].keys() - plain["model"].keys() if "projector" not in k} == set()
+
+
+def test_distill_in_parts(tmp_path, monkeypatch, photos):
+    """Parts of a batch and two processes equal one: keys come from the whole batch."""
+    monkeypatch.setattr(train, "CLIP", 1e9)
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-4))
+    whole, parts = (run(tmp_path / str(m), f"{DISTILL} --micro-batch {m}") for m in (16, 4))
+    for a, b in ((whole["model"], parts["model"]), (moments(whole), moments(parts))):
+        assert error(a, b) < 1e-5
+    assert [r["distill"] for r in log(tmp_path / "4")[1]] == pytest.approx(
+        [r["distill"] for r in log(tmp_path / "16")[1]], abs=1e-5)
+    monkeypatch.undo()
+    flags = f"{DISTILL} --data folder:{photos}"
+    code, _, err = launch(*TORCHRUN, ROOT / "train.py", *argv(tmp_path / "two", flags))
+    assert code == 0, err
+    one, two = run(tmp_path / "one", flags), load(tmp_path / "two")
+    assert error(moments(one), moments(two)) < 1e-5
+
+
+def test_distill_resume(tmp_path, monkeypatch, capsys):
+    """A distilled run resumes bit for bit, both losses too; sample.py and probe.py read it; so a baseline."""
+    monkeypatch.setattr(train, "LOG_STEPS", 4)
+    whole = run(tmp_path / "whole", DISTILL)
+    run(tmp_path / "run", f"{DISTILL} --images 32")
+    assert_same_run(run(tmp_path / "run", f"{DISTILL} --resume"), whole)
+    expected, found = ({r["images"]: r["distill"] for r in log(tmp_path / name)[1]}
+                       for name in ("whole", "run"))
+    assert found.items() >= expected.items()
+    with refused(capsys, "distill"):
+        run(tmp_path / "run", f"{MOVES} --images 128 --resume")
+    state, net, _ = train.load_run(tmp_path / "run", CPU)
+    assert error(net.state_dict(), whole["ema"]) == 0 and hasattr(net, "projector")
+    run(tmp_path / "baseline", f"{DISTILL} --no-self-cond")
+    assert not hasattr(train.load_run(tmp_path / "baseline", CPU)[1], "proj")
+
+
+def test_teacher_is_the_ema(tmp_path, monkeypatch):
+    """The keys come from the EMA: other EMA weights change the distillation loss, the denoising loss not."""
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    records = []
+    for noise in (0, 0.1):
+        state = run(tmp_path / str(noise), f"{DISTILL} --images 16")
+        state["ema"] = {k: v + noise * torch.randn_like(v) for k, v in state["ema"].items()}
+        torch.save(state, tmp_path / str(noise) / "checkpoint.pt")
+        run(tmp_path / str(noise), f"{DISTILL} --images 32 --resume")
+        records.append(log(tmp_path / str(noise))[1][-1])
+    a, b = records
+    assert a["images"] == 32 and a["loss"] == b["loss"] and abs(a["distill"] - b["distill"]) > 1e-3
+
+
 # --- what a run leaves behind ---
 
 @pytest.mark.parametrize("conditional, size", [(True, 8), (False, 16)])
