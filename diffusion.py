@@ -1,6 +1,6 @@
 """Gaussian diffusion: the noise schedule, the training loss and one sampler for DDIM and DDPM.
 
-Below it, in this order: tools of all programs, noise from seeds, a picture of images, and the data sets.
+Below it, in this order: contrastive self-distillation, tools of all programs, and the data sets.
 
 Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
@@ -10,7 +10,7 @@ Conventions, used everywhere:
             v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0      Progressive distillation, arXiv 2202.00512, eq. 9
   guidance  eps_null + w (eps_y - eps_null); w = 1 is off   arXiv 2207.12598, eq. 6, with w there = w - 1 here
 
-A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. This file knows nothing else of it.
+A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. GaussianDiffusion knows no more of it.
 """
 import json
 import math

@@ -198,7 +198,7 @@ class Batches:
         g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 0, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
         u, t = torch.rand(B, 10, **on)[self.mine], torch.randint(TEACHER_T, (B,), **on)[self.mine]
-        view = augment(x0, u, colours=self.moments is None)
+        view = augment(x0, u, colours=self.moments is None).to(memory_format=LAYOUT[self.device.type])
         return diffusion.add_noise(view, t, torch.randn(B, *x0.shape[1:], **on)[self.mine]), t
 
 @torch.no_grad()
@@ -316,8 +316,8 @@ def train(cfg):
         some = x0.to(memory_format=LAYOUT["cuda"]), t, t.clone()
         with autocast():
             torch.cuda.make_graphed_callables(student, some if cfg.conditional else some[:2])
-        for p in net.parameters():                         # else p.grad would be memory of the graph
-            p.grad = torch.zeros_like(p)
+        for w in net.parameters():                         # else w.grad would be memory of the graph
+            w.grad = torch.zeros_like(w)
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
     model = DistributedDataParallel(student, gradient_as_bucket_view=True) if ddp else student
