@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -352,10 +352,23 @@ def list_folder(root, split):
     return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
 
 
+def open_image(path):
+    """Image file -> RGB, upright where EXIF says how it was held. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))     # 16 bits of grey
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers without a white")
+        image = image.convert("RGB")
+    with suppress(Exception):                       # EXIF that is broken says nothing
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
 def decode(path, size, skip_bad):
     """Image file -> its centre, (size, size, 3) uint8; None if broken, with skip_bad. Raises UserError."""
     try:
-        return np.asarray(ImageOps.fit(pil_loader(path), (size, size)))
+        return np.asarray(ImageOps.fit(open_image(path), (size, size)))
     except Exception as e:                          # Pillow raises many kinds for broken files
         require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
 

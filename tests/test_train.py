@@ -316,8 +316,8 @@ def test_any_image(tmp_path, mode, suffix, size):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the image files that were decoded."""
-    names, loader = [], diffusion.pil_loader
-    monkeypatch.setattr(diffusion, "pil_loader",
+    names, loader = [], diffusion.open_image
+    monkeypatch.setattr(diffusion, "open_image",
                         lambda path: (names.append(Path(path).name), loader(path))[1])
     return names
 
