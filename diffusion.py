@@ -15,7 +15,9 @@ A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. Gaussi
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import sys
 import warnings
 from collections import namedtuple
@@ -221,12 +223,16 @@ def say(message, file=None):          # one line on the console, from the first 
 def command(body):
     """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
     def main(argv=None):
+        before = {number: signal.getsignal(number) for number in STOPS}
         try:
             body(argv)
         except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
             say(f"error: {e}", file=sys.stderr)
             sys.exit(2)
         finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) != handler:
+                    signal.signal(number, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
     return main
@@ -257,6 +263,30 @@ def pick_autocast(name, device):
         dtype = None
     # no cache: each weight is used once, and CUDA graphs forbid it
     return lambda: torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext(), dtype
+
+
+STOPS = signal.SIGTERM, signal.SIGINT
+
+
+def collect_stops():
+    """-> a list; from now on SIGTERM and Ctrl-C are put there. A second Ctrl-C ends the process at once."""
+    asked = []
+
+    def ask(number, frame):                         # SIGTERM may come twice: torchrun passes it on
+        asked.append(int(number))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:          # as of a job in the background
+            signal.signal(number, ask)
+    return asked
+
+
+def resume_command():
+    """The command line that goes on with this run of train.py."""
+    start = sys.orig_argv
+    if "RANK" in os.environ:
+        start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", *sys.argv]
+    return shlex.join(start + ["--resume"] * ("--resume" not in start))
 
 
 def save_file(path, write):

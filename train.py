@@ -7,7 +7,7 @@ Lengths are in images and the batch size is global: more GPUs are faster, the ex
 randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
 """
-import argparse, copy, json, math, platform, statistics, subprocess, sys, time  # noqa: E401
+import argparse, copy, json, math, platform, re, signal, statistics, subprocess, sys, time  # noqa: E401
 START = time.time()       # before torch is imported: --bench counts from here to the first step
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, Student, UserError, augment, command, contrast,
-                       encode, load_data, moments_of, pick_autocast, projector, require, save_file, save_grid,
-                       say, seeded_noise, setup, to_pixels, to_x0, vae_of)
+from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, Student, UserError, augment, collect_stops,
+                       command, contrast, encode, load_data, moments_of, pick_autocast, projector, require,
+                       resume_command, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_x0, vae_of)
 from dit_selfcond import DiT
 from unet_selfcond import GroupNorm, UNet
 from uvit_selfcond import UViT
@@ -368,11 +368,12 @@ def train(cfg):
     def save_log():
         save_file(log, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
 
-    def over():                                            # is the budget spent, by the first one's clock?
-        late = torch.tensor(bool(cfg.minutes) and time.time() - start > 60 * cfg.minutes)
-        if ddp and cfg.minutes:
-            dist.broadcast(late, 0)
-        return bool(late) or bool(cfg.images) and images >= cfg.images
+    def over():      # 0: no; 1: the budget is spent, by the first one's clock; else the signal that one got
+        late = first and time.time() - start > 60 * (cfg.minutes or math.inf)
+        stop = torch.tensor(int(max([late, *asked])))
+        if ddp:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return 1 if images >= (cfg.images or math.inf) else stop.item()
 
     writes, vae = first and not cfg.bench, vae_of(data.meta, device) if first else None
     draws = first and bool(vae) == bool(data.meta)         # sample grids: of latents only with their VAE
@@ -383,13 +384,16 @@ def train(cfg):
         head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
                     versions=VERSIONS, commit=git.stdout.decode().strip())
         save_file(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
-        lines = log.read_text().splitlines() if state and log.exists() else [json.dumps(head)]
-        lines = [x for x in lines if x[-1:] == "}" and json.loads(x).get("images", 0) <= images]
+        old = log.read_text(errors="replace") if state and log.exists() else json.dumps(head)
+        whole = re.finditer(r'^(?:{"images": (\d+), .*}|{"config": .*})$', old, re.M)
+        lines = [line[0] for line in whole if int(line[1] or 0) <= images]
+        [part.unlink() for part in out.glob("*.part")]                 # of a run that was killed
         save_log()
     say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
     logged, logged_time = images, time.time()
     bar = tqdm(total=cfg.images, initial=images, unit="img", unit_scale=True, disable=not first)
-    done, speeds = over(), []
+    asked, speeds = [] if cfg.bench else collect_stops(), []
+    done = over()
     while not done:
         step = images // cfg.batch_size
         x0, t, noise, y = batches(step)
@@ -444,6 +448,10 @@ def train(cfg):
         speed, flops = statistics.median(speeds[1:]), counter.get_total_flops()
         return report(cfg, speed, flops, ready, world, chip, dtype)
     save()
+    if done > 1:
+        say(f"stopped by {signal.Signals(done).name} at {images:,} images; checkpoint: {path}; go on with: "
+            f"{resume_command()}")
+        sys.exit(128 + done)                               # as if the signal had ended it: not a success
     draw()
     say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
         f"samples: {out / f'samples-{images}.png' if draws else 'not decoded'}")
