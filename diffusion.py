@@ -545,19 +545,25 @@ def encode(spec, out, size, name, device, skip_bad=False):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def right_meta(meta):
+    """Is this, of meta.json or a checkpoint, what encode writes? Raises anything where it is far from it."""
+    moments = np.array([meta["mean"], meta["std"]])
+    return (moments.shape == (2, meta["shape"][0]) and np.isfinite(moments).all() and moments[1].min() > 0
+            and type(meta["vae"]) is str and meta["vae"] != "" and type(meta["classes"]) is list
+            and all(type(name) is str for name in meta["classes"]))
+
+
 def load_latents(root, split):
     """What encode wrote; it stays in its file and is read where it is indexed. Raises UserError."""
     try:
         meta = json.loads((root / "meta.json").read_text())
         both = np.load(root / split / "latents.npy", mmap_mode="r")
         labels, K = np.load(root / split / "labels.npy"), len(meta["classes"])
-        moments = np.array([meta["mean"], meta["std"]])
-        fits = both.dtype == np.float16 and both.shape == (2, len(labels), *meta["shape"])
+        fits = right_meta(meta) and both.dtype == np.float16
+        fits = fits and both.shape == (2, len(labels), *meta["shape"])
         fits = fits and labels.dtype == np.int64 and labels.ndim == 1
         fits = fits and 0 <= labels.min() <= labels.max() < K
-        fits = fits and moments.shape == (2, meta["shape"][0]) and np.isfinite(moments).all()
-        fits = fits and moments[1].min() > 0 and len(meta["vae"]) > 0
-    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, AttributeError) as e:
+    except Exception as e:                          # a file that is damaged raises many kinds
         raise UserError(f"{root} has no whole latents for {split} ({type(e).__name__}: {e}): make them with "
                         "train.py --encode.")
     require(fits, f"{root}/{split}/latents.npy, {both.dtype} {both.shape}, does not fit its meta.json or its "

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, Student, UserError, augment, collect_stops,
                        command, contrast, encode, load_data, moments_of, pick_autocast, projector, require,
-                       resume_command, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_x0, vae_of)
+                       resume_command, right_meta, save_file, save_grid, say, seeded_noise, setup, to_pixels,
+                       to_x0, vae_of)
 from dit_selfcond import DiT
 from unet_selfcond import GroupNorm, UNet
 from uvit_selfcond import UViT
@@ -125,7 +126,7 @@ def build(cfg, channels, num_classes, device):
     try:
         net_class = MODELS[cfg.model]
         net = net_class(cfg.image_size, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
-    except ValueError as e:
+    except (ValueError, RuntimeError, MemoryError, OverflowError) as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
     if cfg.distill:                                        # last: the rest starts as it does without
         net.projector = projector(net)
@@ -210,9 +211,18 @@ def update_ema(ema, net, cfg, images):
 def read_checkpoint(path):
     """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        known = dict(path=path, config=Config(**state["config"]), ema=state["ema"])
-        return {"latents": None, **state, **known}
+        state = {"latents": None, **torch.load(path, map_location="cpu", weights_only=True)}
+        cfg, meta, classes = Config(**state["config"]), state["latents"], state["classes"]
+        right = [type(state[x]) is int and state[x] >= 0 for x in ("images", "loss_count", "channels")]
+        for f in fields(Config):
+            value, choices = getattr(cfg, f.name), f.metadata["choices"]
+            right += [type(value) in (f.type, type(f.default)), not choices or value in [*choices, None]]
+        right += [len(state["loss_sum"]) == 1 + bool(cfg.distill)]
+        right += [cfg.size in MODELS[cfg.model].SIZES, type(classes) is list, state["ema"],
+                  state["images"] % cfg.batch_size == 0, all(type(name) is str for name in classes),
+                  state["num_classes"] == len(classes) * cfg.conditional, meta is None or right_meta(meta)]
+        require(all(right), "a value that cannot be")
+        return {**state, "path": path, "config": cfg, "loss_sum": [float(x) for x in state["loss_sum"]]}
     except Exception as e:
         raise UserError(f"{path} is no whole checkpoint ({type(e).__name__}): restore a copy or train anew.")
 
@@ -220,9 +230,14 @@ def restore(state, **parts):
     """Load state[name] into each part. Raises UserError where it does not fit."""
     try:
         for name, part in parts.items():
-            if state[name]:                         # a GradScaler that was off has nothing to say
+            if name == "optimizer":                 # its settings are those of the code
+                part.load_state_dict({**part.state_dict(), "state": state[name]["state"]})
+                for p, s in part.state.items():
+                    shapes = [s[x].shape for x in ("step", "exp_avg", "exp_avg_sq")]
+                    require(shapes == [(), p.shape, p.shape], "another shape")
+            elif state[name]:                       # a GradScaler that was off has nothing to say
                 part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as e:
+    except Exception as e:                          # torch raises many kinds
         raise UserError(f"{state['path']} does not fit the network ({type(e).__name__}): use its own code.")
 
 def load_run(folder, device):
