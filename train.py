@@ -444,6 +444,9 @@ def train(cfg):
             speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
             record = dict(images=images, **mean, lr=lr, images_per_second=round(speed, 1),
                           seconds=round(seconds, 1))
+            if scaler.is_enabled():                                    # the steps it left out since the start
+                taken = sum(int(s["step"]) for s in list(optimizer.state.values())[:1])
+                record["skipped"] = images // cfg.batch_size - taken
             bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
             if writes:
                 lines.append(json.dumps(record))
