@@ -10,7 +10,7 @@ Conventions, used everywhere:
             v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0      Progressive distillation, arXiv 2202.00512, eq. 9
   guidance  eps_null + w (eps_y - eps_null); w = 1 is off   arXiv 2207.12598, eq. 6, with w there = w - 1 here
 
-A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. GaussianDiffusion knows no more of it.
+A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. The diffusion knows no more of it.
 """
 import json
 import math
@@ -103,10 +103,15 @@ class GaussianDiffusion:
         return a * x_t - s * out, s * x_t + a * out
 
     def loss(self, net, x0, t, noise, y=None):
-        """Mean squared error of the prediction per image (B,): the mean over pixels (DDPM, eq. 14)."""
+        """Mean squared error of the prediction per image (B,): the mean over pixels (DDPM, eq. 14).
+
+        A network that answers with more than its prediction, a tuple, gets the rest back behind the loss.
+        """
         x_t = self.add_noise(x0, t, noise)
         out = net(x_t, t) if y is None else net(x_t, t, y)
-        return (out.float() - self.to_target(x0, t, noise)).square().mean((1, 2, 3))
+        out, *rest = out if type(out) is tuple else (out,)
+        loss = (out.float() - self.to_target(x0, t, noise)).square().mean((1, 2, 3))
+        return (loss, *rest) if rest else loss
 
     @torch.no_grad()
     def sample(self, net, noise, y=None, null=None, steps=50, eta=0.0, guidance=1.0, clip=True,
@@ -192,6 +197,18 @@ def augment(x0, u, colours=True):
         scale, shift = (0.8 * u[:, 4:10, None, None] - 0.4).chunk(2, dim=1)
         x = (1 + scale) * x + shift
     return x
+
+
+@torch.no_grad()
+def teacher_keys(ema, x_t, t, micro):
+    """What the teacher says of a view, of all processes: x_t (b, C, H, W), t (b,) -> (B, 128) float32."""
+    parts = zip(x_t.split(micro), t.split(micro))
+    keys = torch.cat([ema.projector(ema.encode(*part)).float() for part in parts])
+    if dist.is_initialized():
+        every = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, keys)
+        keys = torch.cat(every)
+    return keys
 
 
 def contrast(p, keys, own, temperature=0.2):

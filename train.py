@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, Student, UserError, augment, collect_stops,
                        command, contrast, encode, load_data, moments_of, pick_autocast, projector, require,
-                       resume_command, right_meta, save_file, save_grid, say, seeded_noise, setup, to_pixels,
-                       to_x0, vae_of)
+                       resume_command, right_meta, save_file, save_grid, say, seeded_noise, setup,
+                       teacher_keys, to_pixels, to_x0, vae_of)
 from dit_selfcond import DiT
 from unet_selfcond import GroupNorm, UNet
 from uvit_selfcond import UViT
@@ -319,7 +319,7 @@ def train(cfg):
         images, loss_count = state["images"], state["loss_count"]
         loss_sum += loss_sum.new_tensor(state["loss_sum"])
     batches = Batches(data, cfg, diffusion.T, device, rank, world)
-    student, p = Student(net) if cfg.distill else net, None
+    student = Student(net) if cfg.distill else net
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         say("compiling: the first time it takes up to minutes, later it comes from a cache")
         compile_parts(net)
@@ -337,20 +337,6 @@ def train(cfg):
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
     model = DistributedDataParallel(student, gradient_as_bucket_view=True) if ddp else student
     count = sum(p.numel() for p in net.parameters())
-
-    @torch.no_grad()
-    def teach(step):                                       # the teacher's keys (batch, 128), of all processes
-        parts = zip(*(part.split(micro) for part in batches.noisy_view(x0, step, diffusion)))
-        with autocast():
-            keys = torch.cat([ema.projector(ema.encode(*part)).float() for part in parts])
-        if ddp:
-            dist.all_gather(every := [torch.empty_like(keys) for _ in range(world)], keys)
-        return torch.cat(every) if ddp else keys
-
-    def denoise(*some):                                    # keeps the projection of z, where there is one
-        nonlocal p
-        out, p = model(*some) if cfg.distill else (model(*some), None)
-        return out
 
     def mean_loss():                                       # since the last log point, over all processes
         total = loss_sum.clone()
@@ -415,15 +401,17 @@ def train(cfg):
         torch.manual_seed(mix(cfg.seed, step, 2 + rank))               # dropout follows (seed, step) too
         fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
-        keys = teach(step) if cfg.distill else None
+        if cfg.distill:
+            with autocast():
+                keys = teacher_keys(ema, *batches.noisy_view(x0, step, diffusion), micro)
         for i in range(0, share, micro):
             with model.no_sync() if ddp and i + micro < share else nullcontext(), autocast():
                 some = [x if x is None else x[i:i + micro] for x in (x0, t, noise, y)]
-                parts = [diffusion.loss(denoise, *some)]
+                parts = diffusion.loss(model, *some)
                 if cfg.distill:                            # the more of an image is left, the more z can know
                     own = rank * share + i + torch.arange(micro, device=device)
-                    parts.append(diffusion.abar[some[1]] * contrast(p, keys, own))
-                loss = torch.stack(parts).sum(1) / share
+                    parts = parts[0], diffusion.abar[some[1]] * contrast(parts[1], keys, own)
+                loss = torch.stack(parts if cfg.distill else [parts]).sum(1) / share
                 scaler.scale(loss @ weights).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
