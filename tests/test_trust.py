@@ -366,6 +366,26 @@ def test_odd_checkpoint(tmp_path, capsys, small, n):
     assert n / 3 < ended.count(False) < n and not any(ended[::4])
 
 
+MISFITS = {"moment": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+           "no moment": lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
+           "weight": lambda state: state["model"].update({next(iter(state["model"])): torch.zeros(3)}),
+           "weights": lambda state: state.update(model=[1]), "images": lambda state: state.update(images=-16),
+           "part of a batch": lambda state: state.update(images=17),
+           "no loss": lambda state: state.pop("loss_sum")}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_misfit(tmp_path, capsys, small, what):
+    """Tensors of other shapes than the network's and counts that cannot be are refused before use."""
+    state = run(tmp_path / "run", "--images 32")
+    MISFITS[what](state)
+    torch.save(state, tmp_path / "run/checkpoint.pt")
+    before = tree(tmp_path)
+    with refused(capsys, str(tmp_path / "run/checkpoint.pt")):
+        train.main(argv(tmp_path / "run", "--resume --images 48"))
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("n", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_odd_latents(tmp_path, capsys, small, n):
     """So with the files of a folder of latents, and with what a checkpoint says of its latents."""
