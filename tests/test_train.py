@@ -182,6 +182,7 @@ def test_help(capsys, monkeypatch):
 FLAGS = {"model": "uvit", "size": "small", "data": "shapes", "image_size": 24, "out": "here", "images": 7,
          "minutes": 0.5, "batch_size": 3, "micro_batch": 1, "lr": 0.25, "warmup": 11, "decay": 12, "ema": 13,
          "save_every": 14, "sample_every": 15, "resume": True, "conditional": True, "self_cond": False,
+         "distill": 0.25,
          "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu", "precision": "bf16",
          "compile": False, "skip_bad": True, "resident": False, "encode": "there", "vae": "mine",
          "bench": True}
@@ -1436,7 +1437,7 @@ def test_bench(tmp_path, capsys, model):
     speed, ms, flops, rate, ready = (float(found.replace(",", "")) for found in re.search(
         r"([\d,]+) images/s, ([\d.]+) ms a step\n([\d.]+) GFLOPs an image: ([\d.]+) TFLOP/s\n"
         r"([\d.]+) s from the start to the end of the first step$", said.strip()).groups())
-    assert speed == pytest.approx(16 / ms * 1000, rel=0.02) and speed > 60 * 16 / took
+    assert speed == pytest.approx(16 / ms * 1000, rel=0.02) and speed > 30 * 16 / took
     assert rate == pytest.approx(speed * flops / 1000, abs=0.01) and 0 < ready <= time.time() - train.START
 
 
