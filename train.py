@@ -234,7 +234,7 @@ def restore(state, **parts):
                 part.load_state_dict({**part.state_dict(), "state": state[name]["state"]})
                 for p, s in part.state.items():
                     shapes = [s[x].shape for x in ("step", "exp_avg", "exp_avg_sq")]
-                    require(shapes == [(), p.shape, p.shape], "another shape")
+                    require(shapes == [(), p.shape, p.shape] and s["step"] >= 0, "another optimizer")
             elif state[name]:                       # a GradScaler that was off has nothing to say
                 part.load_state_dict(state[name])
     except Exception as e:                          # torch raises many kinds

@@ -383,6 +383,7 @@ MISFITS = {"moment": lambda state: state["optimizer"]["state"][0].update(exp_avg
            "no moment": lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
            "weight": lambda state: state["model"].update({next(iter(state["model"])): torch.zeros(3)}),
            "weights": lambda state: state.update(model=[1]), "images": lambda state: state.update(images=-16),
+           "step": lambda state: state["optimizer"]["state"][0].update(step=-1),
            "part of a batch": lambda state: state.update(images=17),
            "no loss": lambda state: state.pop("loss_sum")}
 
