@@ -423,7 +423,8 @@ def decode(path, size, skip_bad):
 def load_folder(root, split, size, skip_bad):
     """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
     files, labels, classes = list_folder(root, split)
-    stamp = json.dumps([[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+    stamp = json.dumps(["upright"] + [[str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns]
+                                      for p in files])
     cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
     with suppress(Exception):                       # no cache yet, or a damaged one
         if str((kept := np.load(cache))["stamp"]) == stamp:
