@@ -3,7 +3,7 @@
     python .github/results/where_to_aggregate.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
 
 For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each. A
-variant is a few replaced lines of the network's file, below.
+variant is a few replaced lines of the network's file, below; "mid distill 0.1" trains mid with --distill 0.1.
 """
 import argparse
 import json
@@ -80,7 +80,7 @@ VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the
 
 def network(name, variant):
     """The class of a network with a variant's lines replaced, of the size above."""
-    file = f"{name}_selfcond.py"
+    file, variant = f"{name}_selfcond.py", variant.partition(" distill ")[0]
     text = (ROOT / file).read_text()
     for old, new in VARIANTS[name][variant]:
         assert old in text, (variant, old)
@@ -96,15 +96,17 @@ def measure(args, name, variant, seed, judge=None):
     """Trains, samples and probes -> dict; judge(samples.npz) -> a number, where there is one."""
     run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
     train.MODELS[name] = network(name, variant)
+    kind, _, weight = variant.partition(" distill ")
     rare = "--save-every 1000000000 --sample-every 1000000000"
     train.main([*f"--model {name} --size study --data {args.data} --images {args.images} --batch-size "
-                f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(),
-                *["--no-self-cond"] * (variant == "baseline")])
+                f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(), *args.flags.split(),
+                *["--no-self-cond"] * (kind == "baseline"), *["--distill", weight] * bool(weight)])
     sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
     probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
     result = json.loads((run / "probe.json").read_text())
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
+                images_per_second=sorted(r["images_per_second"] for r in records[1:])[len(records) // 2 - 1],
                 parameters=records[0]["parameters"], loss=records[-1]["loss"], best=result["best"],
                 test=result["test"]["accuracy"], layers=result["layers"], held_out=result["held_out"],
                 distance=judge(run / "samples.npz") if judge else None)
@@ -118,6 +120,7 @@ def main(argv=None, judge=None):
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--images", type=int, default=600_000)
     parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--flags", default="", help="more flags of train.py, in quotes")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--runs", default="runs/where", help="folder of the runs")
     parser.add_argument("--out", default="where.jsonl")
