@@ -580,3 +580,38 @@ def test_same_bytes(tmp_path, photos):
     assert a.keys() == b.keys() == {"config.json", "checkpoint.pt", "log.jsonl", "samples-336.png"}
     assert [name for name in a if a[name] != b[name] and name != "log.jsonl"] == []
     assert losses(tmp_path / "a/run") == losses(tmp_path / "b/run") and len(losses(tmp_path / "a/run")) == 2
+
+
+# --- for days ---
+
+MINUTES = 10 if torch.cuda.is_available() else 2
+
+
+def memory(process):
+    """Bytes that a process holds on the host; where there is a GPU, MiB in use there as well."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    query = "nvidia-smi --id=0 --query-gpu=memory.used --format=csv,noheader,nounits".split()
+    used = int(subprocess.check_output(query)) if torch.cuda.is_available() else 0
+    return pages * os.sysconf("SC_PAGESIZE"), used
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_soak(tmp_path, photos):
+    """Minutes of training, saving and drawing: after a third of them, memory and speed stay what they are."""
+    device = "cuda --compile" if torch.cuda.is_available() else "cpu"
+    flags = argv(tmp_path / "run", f"--data folder:{photos} --minutes {MINUTES} --images {10**9} "
+                                   f"--save-every 3200 --sample-every 6400 --device {device}")
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=said, stderr=said)
+    held = []
+    while process.poll() is None:
+        held.append(memory(process))
+        time.sleep(MINUTES)
+    assert process.returncode == 0, (tmp_path / "said").read_text()[-1000:]
+    speeds = [record["images_per_second"] for record in log(tmp_path / "run")[1]]
+    held, n, m = np.array(held[:-1]), len(held) // 3, len(speeds) // 3
+    print("memory", held[n:-n:n // 4].tolist(), "images/s", np.median(speeds[m:-m]), np.median(speeds[-m:]))
+    assert len(list((tmp_path / "run").glob("*.png"))) > 2
+    assert (held[-n:].max(0) <= 1.02 * held[n:-n].max(0)).all()
+    assert np.median(speeds[-m:]) > 0.9 * np.median(speeds[m:-m])
