@@ -46,7 +46,8 @@ def start(*command, **more):
     """A Python command in a process of its own that goes on -> the process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
     return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # background
 
 
 def give_up(process, why):
