@@ -217,10 +217,10 @@ def read_checkpoint(path):
         for f in fields(Config):
             value, choices = getattr(cfg, f.name), f.metadata["choices"]
             right += [type(value) in (f.type, type(f.default)), not choices or value in [*choices, None]]
-        right += [len(state["loss_sum"]) == 1 + bool(cfg.distill)]
         right += [cfg.size in MODELS[cfg.model].SIZES, type(classes) is list, state["ema"],
                   state["images"] % cfg.batch_size == 0, all(type(name) is str for name in classes),
-                  state["num_classes"] == len(classes) * cfg.conditional, meta is None or right_meta(meta)]
+                  state["num_classes"] == len(classes) * cfg.conditional, meta is None or right_meta(meta),
+                  len(state["loss_sum"]) == 1 + bool(cfg.distill)]
         require(all(right), "a value that cannot be")
         return {**state, "path": path, "config": cfg, "loss_sum": [float(x) for x in state["loss_sum"]]}
     except Exception as e:
@@ -388,7 +388,8 @@ def train(cfg):
         old = log.read_text(errors="replace") if state and log.exists() else json.dumps(head)
         whole = re.finditer(r'^(?:{"images": (\d+), .*}|{"config": .*})$', old, re.M)
         lines = [line[0] for line in whole if int(line[1] or 0) <= images]
-        [part.unlink() for part in out.glob("*.part")]                 # of a run that was killed
+        for part in out.glob("*.part"):                                # of a run that was killed
+            part.unlink()
         save_log()
     say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
     logged, logged_time = images, time.time()
@@ -407,11 +408,12 @@ def train(cfg):
         for i in range(0, share, micro):
             with model.no_sync() if ddp and i + micro < share else nullcontext(), autocast():
                 some = [x if x is None else x[i:i + micro] for x in (x0, t, noise, y)]
-                parts = diffusion.loss(model, *some)
+                losses = diffusion.loss(model, *some)                      # (micro,)
                 if cfg.distill:                            # the more of an image is left, the more z can know
+                    losses, p = losses
                     own = rank * share + i + torch.arange(micro, device=device)
-                    parts = parts[0], diffusion.abar[some[1]] * contrast(parts[1], keys, own)
-                loss = torch.stack(parts if cfg.distill else [parts]).sum(1) / share
+                    losses = torch.stack([losses, diffusion.abar[some[1]] * contrast(p, keys, own)])
+                loss = losses.view(len(weights), micro).sum(1) / share
                 scaler.scale(loss @ weights).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)

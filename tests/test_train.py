@@ -182,10 +182,9 @@ def test_help(capsys, monkeypatch):
 FLAGS = {"model": "uvit", "size": "small", "data": "shapes", "image_size": 24, "out": "here", "images": 7,
          "minutes": 0.5, "batch_size": 3, "micro_batch": 1, "lr": 0.25, "warmup": 11, "decay": 12, "ema": 13,
          "save_every": 14, "sample_every": 15, "resume": True, "conditional": True, "self_cond": False,
-         "distill": 0.25,
-         "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu", "precision": "bf16",
-         "compile": False, "skip_bad": True, "resident": False, "encode": "there", "vae": "mine",
-         "bench": True}
+         "distill": 0.25, "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu",
+         "precision": "bf16", "compile": False, "skip_bad": True, "resident": False, "encode": "there",
+         "vae": "mine", "bench": True}
 
 
 def test_flags():

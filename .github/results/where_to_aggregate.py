@@ -7,6 +7,7 @@ variant is a few replaced lines of the network's file, below; "mid distill 0.1" 
 """
 import argparse
 import json
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -80,7 +81,7 @@ VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the
 
 def network(name, variant):
     """The class of a network with a variant's lines replaced, of the size above."""
-    file, variant = f"{name}_selfcond.py", variant.partition(" distill ")[0]
+    file = f"{name}_selfcond.py"
     text = (ROOT / file).read_text()
     for old, new in VARIANTS[name][variant]:
         assert old in text, (variant, old)
@@ -95,8 +96,8 @@ def network(name, variant):
 def measure(args, name, variant, seed, judge=None):
     """Trains, samples and probes -> dict; judge(samples.npz) -> a number, where there is one."""
     run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
-    train.MODELS[name] = network(name, variant)
     kind, _, weight = variant.partition(" distill ")
+    train.MODELS[name] = network(name, kind)
     rare = "--save-every 1000000000 --sample-every 1000000000"
     train.main([*f"--model {name} --size study --data {args.data} --images {args.images} --batch-size "
                 f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(), *args.flags.split(),
@@ -106,7 +107,7 @@ def measure(args, name, variant, seed, judge=None):
     result = json.loads((run / "probe.json").read_text())
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
-                images_per_second=sorted(r["images_per_second"] for r in records[1:])[len(records) // 2 - 1],
+                images_per_second=statistics.median(r["images_per_second"] for r in records[1:]),
                 parameters=records[0]["parameters"], loss=records[-1]["loss"], best=result["best"],
                 test=result["test"]["accuracy"], layers=result["layers"], held_out=result["held_out"],
                 distance=judge(run / "samples.npz") if judge else None)
