@@ -181,22 +181,17 @@ def projector(net):
     return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 1024), nn.GELU(), nn.Linear(1024, 128))
 
 
-def augment(x0, u, colours=True):
-    """Another view of each image x0 (B, C, H, W): a part of it, mirrored or not, in other colours.
+def augment(x0, u):
+    """Another view of each image x0 (B, C, H, W): half to all of its area, mirrored or not.
 
-    u (B, 10) in [0, 1) chooses. The part has half to all of the area; each colour channel is scaled by 0.6 to
-    1.4 and shifted by up to 0.4.
+    u (B, 4) in [0, 1) chooses the part's size, its place in x and y, and the mirror.
     """
     side = (0.5 + 0.5 * u[:, 0]).sqrt()
     place = (1 - side)[:, None] * (2 * u[:, 1:3] - 1)                                   # of its middle
     mirror = torch.where(u[:, 3] < 0.5, 1, -1)
     zero = torch.zeros_like(side)
     theta = torch.stack([side * mirror, zero, place[:, 0], zero, side, place[:, 1]], dim=1).view(-1, 2, 3)
-    x = F.grid_sample(x0, F.affine_grid(theta, x0.shape, align_corners=False), align_corners=False)
-    if colours:
-        scale, shift = (0.8 * u[:, 4:10, None, None] - 0.4).chunk(2, dim=1)
-        x = (1 + scale) * x + shift
-    return x
+    return F.grid_sample(x0, F.affine_grid(theta, x0.shape, align_corners=False), align_corners=False)
 
 
 @torch.no_grad()

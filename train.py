@@ -198,8 +198,8 @@ class Batches:
         """Another view of each image, with a little noise: x_t, t. A function of (seed, step) as well."""
         g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 0, 1))
         B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
-        u, t = torch.rand(B, 10, **on)[self.mine], torch.randint(TEACHER_T, (B,), **on)[self.mine]
-        view = augment(x0, u, colours=self.moments is None).to(memory_format=LAYOUT[self.device.type])
+        u, t = torch.rand(B, 4, **on)[self.mine], torch.randint(TEACHER_T, (B,), **on)[self.mine]
+        view = augment(x0, u).to(memory_format=LAYOUT[self.device.type])
         return diffusion.add_noise(view, t, torch.randn(B, *x0.shape[1:], **on)[self.mine]), t
 
 @torch.no_grad()

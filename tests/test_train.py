@@ -630,7 +630,7 @@ def test_twins(tmp_path, monkeypatch, model):
 # --- contrastive self-distillation ---
 
 DISTILL = f"{MOVES} --distill 0.5 --images 96"
-NEUTRAL = torch.tensor([[1, .5, .5, 0, .5, .5, .5, .5, .5, .5]])
+NEUTRAL = torch.tensor([[1, .5, .5, 0]])
 
 
 def test_contrast():
@@ -644,7 +644,7 @@ def test_contrast():
 
 
 def test_augment():
-    """A view is a part of the image, mirrored or not, in other colours; neutral choices change nothing."""
+    """A view is a part of the image, mirrored or not; neutral choices change nothing."""
     x0, u = torch.rand(2, 3, 16, 16) * 2 - 1, NEUTRAL.repeat(2, 1)
     assert (diffusion.augment(x0, u) - x0).abs().max() < 1e-5
     u[1, 3] = 1                                                              # only the second is mirrored
@@ -655,13 +655,6 @@ def test_augment():
     u[:, 0], u[0, 1], u[1, 1] = 0, 0, 1                                      # half the area: left, right
     left, right = diffusion.augment(ramp, u)
     assert -1 <= left.min() < -0.9 and 0.3 < left.max() < 0.45 and (left + right.flip(2)).abs().max() < 1e-5
-    u = NEUTRAL.repeat(2, 1)
-    u[0, 4:], u[1, 6] = torch.tensor([1, 0.5, 0.5, 0.5, 0.5, 1]), 0
-    view = diffusion.augment(x0, u)
-    expected = x0 * torch.tensor([[1.4, 1, 1], [1, 1, 0.6]])[..., None, None]
-    expected[0, 2] += 0.4
-    assert (view - expected).abs().max() < 1e-5
-    assert (diffusion.augment(x0, u, colours=False) - x0).abs().max() < 1e-5
 
 
 def test_noisy_view(noise_data):
