@@ -1,12 +1,14 @@
-"""Where to aggregate: small networks whose z is taken elsewhere or rerouted differently, beside a baseline.
+"""Small networks in pairs: variants of self-conditioning and distillation beside a baseline, over seeds.
 
-    python .github/results/where_to_aggregate.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
+    python .github/results/study.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
 
-For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each. A
-variant is a few replaced lines of the network's file, below; "mid distill 0.1" trains mid with --distill 0.1.
+For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in the
+end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
+network's file, below; "mid distill 0.1" trains mid with --distill 0.1.
 """
 import argparse
 import json
+import math
 import statistics
 import sys
 import types
@@ -113,11 +115,43 @@ def measure(args, name, variant, seed, judge=None):
                 distance=judge(run / "samples.npz") if judge else None)
 
 
+def cell(values, digits):
+    """One number a seed, then mean and standard deviation."""
+    each = " / ".join(f"{x:.{digits}f}" for x in values)
+    return each if len(values) < 2 else (f"{each} ({statistics.mean(values):.{digits}f} "
+                                         f"+- {statistics.stdev(values):.{digits}f})")
+
+
+def verdict(differences):
+    """An effect is shown where three seeds or more agree in sign and the mean exceeds 2.5 deviations."""
+    agree = len({x > 0 for x in differences}) == 1 and len(differences) > 2
+    return "shown" if agree and (abs(statistics.mean(differences)) > 2.5 * statistics.stdev(differences)
+                                 ) else "not resolved"
+
+
+def table(records):
+    """Records of one network -> Markdown: each variant by seed, then its differences to the first."""
+    found = {}
+    for r in records:
+        measured = (math.nan if r["distance"] is None else r["distance"], 100 * r["test"])
+        found.setdefault(r["variant"], {})[r["seed"]] = measured
+    first = next(iter(found))
+    rows = ["| variant | distance | probe % |", "|---|---|---|"]
+    for variant, minus in [(v, None) for v in found] + [(v, first) for v in found if v != first]:
+        seeds = sorted(found[variant].keys() & found[minus or variant].keys())
+        cells = []
+        for k, digits in enumerate((2, 1)):
+            values = [found[variant][s][k] - (found[minus][s][k] if minus else 0) for s in seeds]
+            cells.append(cell(values, digits) + f": {verdict(values)}" * bool(minus))
+        rows.append(f"| {variant} {f'- {minus} ' * bool(minus)}| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def main(argv=None, judge=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("network", choices=VARIANTS)
     parser.add_argument("--variants", nargs="+", help="some of them [all]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--images", type=int, default=600_000)
     parser.add_argument("--batch-size", type=int, default=512)
@@ -131,6 +165,7 @@ def main(argv=None, judge=None):
             record = measure(args, args.network, variant, seed, judge)
             with open(args.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
+    print(table([json.loads(line) for line in Path(args.out).read_text().splitlines()]))
 
 
 if __name__ == "__main__":
