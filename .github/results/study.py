@@ -118,15 +118,17 @@ def measure(args, name, variant, seed, judge=None):
 def cell(values, digits):
     """One number a seed, then mean and standard deviation."""
     each = " / ".join(f"{x:.{digits}f}" for x in values)
-    return each if len(values) < 2 else (f"{each} ({statistics.mean(values):.{digits}f} "
-                                         f"+- {statistics.stdev(values):.{digits}f})")
+    if len(values) < 2:
+        return each
+    return f"{each} ({statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f})"
 
 
 def verdict(differences):
     """An effect is shown where three seeds or more agree in sign and the mean exceeds 2.5 deviations."""
-    agree = len({x > 0 for x in differences}) == 1 and len(differences) > 2
-    return "shown" if agree and (abs(statistics.mean(differences)) > 2.5 * statistics.stdev(differences)
-                                 ) else "not resolved"
+    if len(differences) < 3 or len({x > 0 for x in differences}) > 1:
+        return "not resolved"
+    far = abs(statistics.mean(differences)) > 2.5 * statistics.stdev(differences)
+    return "shown" if far else "not resolved"
 
 
 def table(records):
