@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -347,6 +348,47 @@ def test_exercise_data(tmp_path):
     assert torch.equal(data.images, images) and torch.equal(data.labels, labels) and len(data.classes) == 10
 
 
+@pytest.fixture
+def study(monkeypatch):
+    """The script behind the README's tables."""
+    monkeypatch.syspath_prepend(ROOT / ".github" / "results")
+    yield importlib.import_module("study")
+    sys.modules.pop("study")
+
+
+def test_study_variants(study):
+    """The lines that the study replaces are there; each variant says something else."""
+    x, t, said = torch.randn(1, 3, 8, 8), torch.tensor([300]), {}
+    for name, variants in study.VARIANTS.items():
+        for variant in variants:
+            torch.manual_seed(0)
+            size = {**study.SIZES[name], "dim": 32}
+            net = study.network(name, variant)(8, 3, 0, variant != "baseline", **size).eval()
+            for p in net.parameters():
+                torch.nn.init.normal_(p, std=0.05)
+            said[name, variant] = net(x, t)
+    for (name, variant), eps in said.items():
+        others = [said[name, other] for other in study.VARIANTS[name] if other != variant]
+        assert all((eps - other).abs().max() > 1e-4 for other in others), (name, variant)
+
+
+def test_study_table(study):
+    """An effect is shown where three pairs agree in sign and their mean exceeds 2.5 deviations, else not."""
+    def runs(variant, distances, tests):
+        return [dict(variant=variant, seed=s, distance=d, test=a)
+                for s, (d, a) in enumerate(zip(distances, tests))]
+    found = study.table(runs("baseline", [8.0, 8.2, 8.1], [0.5, 0.52, 0.5]) +
+                        runs("z", [7.5, 7.71, 7.6], [0.51, 0.52, 0.55]) + runs("w", [7.0, 7.2], [0.6, 0.6]) +
+                        runs("v", [7.9, 8.3, 8.0], [0.51, 0.54, 0.53]) + runs("u", [None], [0.6]))
+    rows = dict(line.strip("| ").split(" | ", 1) for line in found.splitlines() if " " in line)
+    assert rows["baseline"] == "8.00 / 8.20 / 8.10 (8.10 +- 0.10) | 50.0 / 52.0 / 50.0 (50.7 +- 1.2)"
+    assert rows["z - baseline"] == ("-0.50 / -0.49 / -0.50 (-0.50 +- 0.01): shown | "
+                                    "1.0 / 0.0 / 5.0 (2.0 +- 2.6): not resolved")
+    assert rows["w - baseline"].count("not resolved") == 2                  # two seeds are too few
+    assert rows["v - baseline"].count("not resolved") == 2                  # signs differ; 2.0 +- 1.0
+    assert rows["u"] == "nan | 60.0" and rows["u - baseline"] == "nan: not resolved | 10.0: not resolved"
+
+
 @readme
 def test_licence():
     """The last section is the text of the MIT licence."""
@@ -383,7 +425,7 @@ def test_length(name, most):
 
 def test_columns():
     """No line of Python is longer than 110 columns."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob(".github/results/*.py")]
     lines = [(file.name, i, line) for file in files
              for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)]
     long = [place for *place, line in lines if len(line) > 110]

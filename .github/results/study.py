@@ -2,8 +2,8 @@
 
     python .github/results/study.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
 
-For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in the
-end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
+For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in
+the end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
 network's file, below; "mid distill 0.1" trains mid with --distill 0.1.
 """
 import argparse
