@@ -95,6 +95,10 @@ def network(name, variant):
     return found
 
 
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def measure(args, name, variant, seed, judge=None):
     """Trains, samples and probes -> dict; judge(samples.npz) -> a number, where there is one."""
     run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
@@ -107,7 +111,7 @@ def measure(args, name, variant, seed, judge=None):
     sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
     probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
     result = json.loads((run / "probe.json").read_text())
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    records = read(run / "log.jsonl")
     return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
                 images_per_second=statistics.median(r["images_per_second"] for r in records[1:]),
                 parameters=records[0]["parameters"], loss=records[-1]["loss"], best=result["best"],
@@ -167,7 +171,7 @@ def main(argv=None, judge=None):
             record = measure(args, args.network, variant, seed, judge)
             with open(args.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
-    print(table([json.loads(line) for line in Path(args.out).read_text().splitlines()]))
+    print(table(read(args.out)))
 
 
 if __name__ == "__main__":
