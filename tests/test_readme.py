@@ -1,5 +1,6 @@
 """README.md: its commands run; the files, flags, pictures, links in it exist. And the repository's form."""
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -387,6 +388,15 @@ def test_study_table(study):
     assert rows["w - baseline"].count("not resolved") == 2                  # two seeds are too few
     assert rows["v - baseline"].count("not resolved") == 2                  # signs differ; 2.0 +- 1.0
     assert rows["u"] == "nan | 60.0" and rows["u - baseline"] == "nan: not resolved | 10.0: not resolved"
+
+
+def test_study_size(study, tmp_path, capsys):
+    """--size changes the network's sizes; without seeds the script only shows what its file holds."""
+    record = json.dumps(dict(variant="baseline", seed=0, distance=8.0, test=0.5))
+    (tmp_path / "dit.jsonl").write_text(record + "\n")
+    study.main(f"dit --seeds --size dim=128 depth=4 --out {tmp_path}/dit.jsonl".split())
+    assert study.SIZES["dit"] == dict(dim=128, depth=4, heads=4, patch=2)
+    assert capsys.readouterr().out.splitlines()[2:] == ["| baseline | 8.00 | 50.0 |"]
 
 
 @readme

@@ -1,6 +1,7 @@
 """Small networks in pairs: variants of self-conditioning and distillation beside a baseline, over seeds.
 
     python .github/results/study.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
+    python .github/results/study.py unet --variants baseline mid "mid distill 0.1" --size dim=128 dropout=0
 
 For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in
 the end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
@@ -111,10 +112,12 @@ def measure(args, name, variant, seed, judge=None):
     sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
     probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
     result = json.loads((run / "probe.json").read_text())
-    records = read(run / "log.jsonl")
+    head, *records = read(run / "log.jsonl")
+    last = records[-max(1, len(records) // 5):]            # the loss is the mean over the last fifth
     return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
-                images_per_second=statistics.median(r["images_per_second"] for r in records[1:]),
-                parameters=records[0]["parameters"], loss=records[-1]["loss"], best=result["best"],
+                images_per_second=statistics.median(r["images_per_second"] for r in records),
+                seconds=records[-1]["seconds"], parameters=head["parameters"],
+                loss=statistics.mean(r["loss"] for r in last), best=result["best"],
                 test=result["test"]["accuracy"], layers=result["layers"], held_out=result["held_out"],
                 distance=judge(run / "samples.npz") if judge else None)
 
@@ -162,10 +165,12 @@ def main(argv=None, judge=None):
     parser.add_argument("--images", type=int, default=600_000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--flags", default="", help="more flags of train.py, in quotes")
+    parser.add_argument("--size", nargs="*", default=[], metavar="NAME=NUMBER", help="changes to SIZES")
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--runs", default="runs/where", help="folder of the runs")
-    parser.add_argument("--out", default="where.jsonl")
+    parser.add_argument("--runs", default="runs/study", help="folder of the runs")
+    parser.add_argument("--out", default="study.jsonl")
     args = parser.parse_args(argv)
+    SIZES[args.network].update((name, json.loads(value)) for name, value in (x.split("=") for x in args.size))
     for seed in args.seeds:
         for variant in args.variants or VARIANTS[args.network]:
             record = measure(args, args.network, variant, seed, judge)
