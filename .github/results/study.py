@@ -132,10 +132,9 @@ def cell(values, digits):
 
 def verdict(differences):
     """An effect is shown where three seeds or more agree in sign and the mean exceeds 2.5 deviations."""
-    if len(differences) < 3 or len({x > 0 for x in differences}) > 1:
-        return "not resolved"
-    far = abs(statistics.mean(differences)) > 2.5 * statistics.stdev(differences)
-    return "shown" if far else "not resolved"
+    agree = len(differences) >= 3 and len({x > 0 for x in differences}) == 1
+    shown = agree and abs(statistics.mean(differences)) > 2.5 * statistics.stdev(differences)
+    return "shown" if shown else "not resolved"
 
 
 def table(records):
@@ -170,7 +169,9 @@ def main(argv=None, judge=None):
     parser.add_argument("--runs", default="runs/study", help="folder of the runs")
     parser.add_argument("--out", default="study.jsonl")
     args = parser.parse_args(argv)
-    SIZES[args.network].update((name, json.loads(value)) for name, value in (x.split("=") for x in args.size))
+    for change in args.size:
+        name, value = change.split("=")
+        SIZES[args.network][name] = json.loads(value)
     for seed in args.seeds:
         for variant in args.variants or VARIANTS[args.network]:
             record = measure(args, args.network, variant, seed, judge)
