@@ -358,7 +358,7 @@ def study(monkeypatch):
 
 
 def test_study_variants(study):
-    """The lines that the study replaces are there; each variant says something else."""
+    """The lines that the study replaces are there; each variant says something else and encodes its z."""
     x, t, said = torch.randn(1, 3, 8, 8), torch.tensor([300]), {}
     for name, variants in study.VARIANTS.items():
         for variant in variants:
@@ -367,7 +367,8 @@ def test_study_variants(study):
             net = study.network(name, variant)(8, 3, 0, variant != "baseline", **size).eval()
             for p in net.parameters():
                 torch.nn.init.normal_(p, std=0.05)
-            said[name, variant] = net(x, t)
+            said[name, variant], feats = net(x, t, return_features=True)
+            assert torch.allclose(net.encode(x, t), feats[net.bottleneck].mean((2, 3)), atol=1e-5), variant
     for (name, variant), eps in said.items():
         others = [said[name, other] for other in study.VARIANTS[name] if other != variant]
         assert all((eps - other).abs().max() > 1e-4 for other in others), (name, variant)
@@ -380,14 +381,30 @@ def test_study_table(study):
                 for s, (d, a) in enumerate(zip(distances, tests))]
     found = study.table(runs("baseline", [8.0, 8.2, 8.1], [0.5, 0.52, 0.5]) +
                         runs("z", [7.5, 7.71, 7.6], [0.51, 0.52, 0.55]) + runs("w", [7.0, 7.2], [0.6, 0.6]) +
-                        runs("v", [7.9, 8.3, 8.0], [0.51, 0.54, 0.53]) + runs("u", [None], [0.6]))
+                        runs("v", [7.9, 8.3, 8.0], [0.51, 0.54, 0.53]) + runs("u", [None], [0.6]) +
+                        runs("z distill 0.1", [7.4, 7.61, 7.5], [0.55, 0.56, 0.58]))
     rows = dict(line.strip("| ").split(" | ", 1) for line in found.splitlines() if " " in line)
     assert rows["baseline"] == "8.00 / 8.20 / 8.10 (8.10 +- 0.10) | 50.0 / 52.0 / 50.0 (50.7 +- 1.2)"
     assert rows["z - baseline"] == ("-0.50 / -0.49 / -0.50 (-0.50 +- 0.01): shown | "
                                     "1.0 / 0.0 / 5.0 (2.0 +- 2.6): not resolved")
     assert rows["w - baseline"].count("not resolved") == 2                  # two seeds are too few
     assert rows["v - baseline"].count("not resolved") == 2                  # signs differ; 2.0 +- 1.0
+    assert rows["z distill 0.1 - z"] == ("-0.10 / -0.10 / -0.10 (-0.10 +- 0.00): shown | "
+                                         "4.0 / 4.0 / 3.0 (3.7 +- 0.6): shown")
     assert rows["u"] == "nan | 60.0" and rows["u - baseline"] == "nan: not resolved | 10.0: not resolved"
+
+
+def test_study_pairs(study):
+    """The page's tables of pairs are what the script makes of the published results, whose runs are there."""
+    files = list((ROOT / ".github/results").glob("pairs-*.jsonl"))
+    assert files
+    for file in files:
+        records = study.read(file)
+        assert study.table(records) in TEXT, file
+        for r in records:
+            run = file.parent / "pairs" / f"{r['network']}-{r['variant'].replace(' ', '-')}-{r['seed']}"
+            assert json.loads((run / "probe.json").read_text())["test"]["accuracy"] == r["test"]
+            assert study.read(run / "log.jsonl")[-1]["images"] == r["images"]
 
 
 def test_study_size(study, tmp_path, capsys):

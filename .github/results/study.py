@@ -93,6 +93,9 @@ def network(name, variant):
     exec(compile(text, file, "exec"), module.__dict__)
     found = getattr(module, train.MODELS[name].__name__)
     found.SIZES = {"study": SIZES[name]}
+    if any("self.bottleneck" in old for old, _ in VARIANTS[name][variant]):      # else its encoder ends there
+        found.encode = lambda self, x, t, y=None: module.aggregate(
+            self(x, t, y, return_features=True)[1][self.bottleneck])
     return found
 
 
@@ -138,14 +141,18 @@ def verdict(differences):
 
 
 def table(records):
-    """Records of one network -> Markdown: each variant by seed, then its differences to the first."""
+    """Records of one network -> Markdown: each variant by seed, its differences to the first, then to itself
+    without distillation."""
     found = {}
     for r in records:
         measured = (math.nan if r["distance"] is None else r["distance"], 100 * r["test"])
         found.setdefault(r["variant"], {})[r["seed"]] = measured
     first = next(iter(found))
     rows = ["| variant | distance | probe % |", "|---|---|---|"]
-    for variant, minus in [(v, None) for v in found] + [(v, first) for v in found if v != first]:
+    pairs = [(v, None) for v in found] + [(v, first) for v in found if v != first]
+    plain = {v: v.partition(" distill ")[0] for v in found}                # the same without distillation
+    pairs += [(v, plain[v]) for v in found if plain[v] in found and plain[v] not in (v, first)]
+    for variant, minus in pairs:
         seeds = sorted(found[variant].keys() & found[minus or variant].keys())
         cells = []
         for k, digits in enumerate((2, 1)):
