@@ -235,7 +235,8 @@ def test_inline_commands(small):
 @readme
 def test_flags_exist(capsys):
     """Every --flag that the README mentions is one of our scripts', of torchrun's or of this test suite's."""
-    known = get_args_parser().format_help() + (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
+    known = get_args_parser().format_help()
+    known += "".join((ROOT / file).read_text() for file in ("tests/conftest.py", ".github/results/study.py"))
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit) as exit:
             script.main(["--help"])
