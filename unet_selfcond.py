@@ -16,7 +16,7 @@ Read from top to bottom: each class uses only what stands above it. torch is the
 
 Differs from the original by: attention through scaled_dot_product_attention; a class embedding added to c
 where num_classes > 0 (the original has no classes); proj, where self_cond is on.
-Also tried: z behind out_3 instead of mid (the same distance, linear probe 1.2 points lower; see the README).
+Also tried: z behind out_3 instead of mid (the same distance, probe 1.2 points lower; see .github/results).
 """
 import math
 
