@@ -29,11 +29,12 @@ SIZES = {
 
 MIXIN = "            c = c + self.proj(z.to(c.dtype))"          # the default, in all three
 OFF = "        if self.self_cond:\n" + MIXIN                   # with its condition, to be taken out
+WHOLE = "self(x, t, y, return_features=True)[1][self.bottleneck]"       # for encode, where z is elsewhere
 
 
 def unet_at(layer, before, after):
     """The lines before and after which z is taken and added, in the UNet's encoder or decoder."""
-    return [(OFF, "        pass"), (before, after),
+    return [(OFF, "        pass"), (before, after), ("self.encoder(x, t, y)[0]", WHOLE),
             ('self.bottleneck = "mid"', f'self.bottleneck = "{layer}"')]
 
 
@@ -75,6 +76,7 @@ VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the
             ("skips.pop(), c)", "skips.pop(), c[n - 1] if isinstance(c, list) else c)")],
         "mid, once to all tokens": [(MIXIN, "            x = x + self.proj(z.to(x.dtype))[:, None]")],
         "out_2": [(OFF, "        pass"), ('self.bottleneck = "mid"', 'self.bottleneck = "out_2"'),
+                  ("self.to_map(self.encoder(x, t, y)[0])", WHOLE),
                   (UVIT_KEEP, UVIT_KEEP + "            if n == 2 and self.self_cond:\n                "
                    "c = c + self.proj(aggregate(self.to_map(x)).to(c.dtype))\n")],
     },
@@ -93,9 +95,6 @@ def network(name, variant):
     exec(compile(text, file, "exec"), module.__dict__)
     found = getattr(module, train.MODELS[name].__name__)
     found.SIZES = {"study": SIZES[name]}
-    if any("self.bottleneck" in old for old, _ in VARIANTS[name][variant]):      # else its encoder ends there
-        found.encode = lambda self, x, t, y=None: module.aggregate(
-            self(x, t, y, return_features=True)[1][self.bottleneck])
     return found
 
 
