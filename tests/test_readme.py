@@ -236,7 +236,8 @@ def test_inline_commands(small):
 def test_flags_exist(capsys):
     """Every --flag that the README mentions is one of our scripts', of torchrun's or of this test suite's."""
     known = get_args_parser().format_help()
-    known += "".join((ROOT / file).read_text() for file in ("tests/conftest.py", ".github/results/study.py"))
+    for file in ("tests/conftest.py", ".github/results/study.py"):
+        known += (ROOT / file).read_text(encoding="utf-8")
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit) as exit:
             script.main(["--help"])
@@ -396,6 +397,7 @@ def test_study_table(study):
     assert rows["u"] == "nan | 60.0" and rows["u - baseline"] == "nan: not resolved | 10.0: not resolved"
 
 
+@readme
 def test_study_pairs(study):
     """The page's tables of pairs are what the script makes of the published results, whose runs are there."""
     files = list((ROOT / ".github/results").glob("pairs-*.jsonl"))
