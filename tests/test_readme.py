@@ -411,6 +411,18 @@ def test_study_pairs(study):
             assert study.read(run / "log.jsonl")[-1]["images"] == r["images"]
 
 
+@readme
+def test_probe_rows():
+    """A row of a table that links a result of probe.py shows that result's place and scores."""
+    rows = list(re.finditer(r"^\|.*\[probe\]\((\S+?)\).*$", TEXT, re.M))
+    assert rows
+    for row in rows:
+        result = json.loads((ROOT / row[1]).read_text())
+        best, test = result["best"], result["test"]["accuracy"]
+        place = f"| {best['layer']}, t = {best['t']} | {100 * best['accuracy']:.1f} % | {100 * test:.1f} % |"
+        assert place in row[0], row[1]
+
+
 def test_study_size(study, tmp_path, capsys):
     """--size changes the network's sizes; without seeds the script only shows what its file holds."""
     record = json.dumps(dict(variant="baseline", seed=0, distance=8.0, test=0.5))
