@@ -73,6 +73,7 @@ class Config:
     conditional: bool = flag(False, "train with the class labels")
     self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
     distill: float = flag(None, "weight of contrastive self-distillation of z [off]")
+    distill_images: int = flag(None, "images over which that weight falls linearly to 0 [never]")
     target: str = flag("eps", "what the network predicts [eps]", TARGETS)
     schedule: str = flag("linear", "noise schedule [linear]", SCHEDULES)
     seed: int = flag(0, "of weights, batches and noise [0]")
@@ -112,6 +113,7 @@ def parse_config(argv=None):
         value = getattr(cfg, f.name)
         require(f.type not in (int, float) or value is None or value > -(f.name == "seed"),
                 f"--{f.name.replace('_', '-')} {value} is impossible: use more than {-(f.name == 'seed')}.")
+    require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.1.")
     cfg.images = cfg.images or (None if cfg.minutes else budget)
     data = Path(cfg.data.removeprefix("folder:").removeprefix("latents:")).name.replace(":", "-")
     name = f"{cfg.model}-{cfg.size}-{data}"
@@ -170,8 +172,7 @@ class Batches:
             j = i + len(self.labels) * (torch.rand(self.cfg.batch_size, generator=g)[self.mine] < 0.5)
         if self.resident:
             i, j = self.send(i), self.send(j)
-        x, y = self.images[j], self.labels[i]
-        return (x, y) if self.resident else (self.pin(x), self.pin(y))
+        return self.pin(self.images[j]), self.pin(self.labels[i])
 
     def pin(self, x):                                      # where the GPU fetches it while the host goes on
         return x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
@@ -249,12 +250,10 @@ def load_run(folder, device):
     restore(state, ema=net)
     return state, net.eval().requires_grad_(False), diffusion
 
-
 def report(cfg, speed, flops, ready, world, chip, dtype):
     """What --bench says: images/s, FLOPs per image, seconds to the first step."""
-    rate = speed * flops / 1e12                                        # TFLOP/s
+    rate, memory = speed * flops / 1e12, torch.cuda.max_memory_allocated() / 1e9       # TFLOP/s, GB
     peak = [world * value for name, value in PEAK.items() if name in chip and dtype]
-    memory = torch.cuda.max_memory_allocated() / 1e9
     say(f"{cfg.model} {cfg.size}, batch {cfg.batch_size}, {world} x {chip}, {dtype or torch.float32}, "
         f"{VERSIONS}\n{speed:,.0f} images/s, {1000 * cfg.batch_size / speed:.1f} ms a step\n"
         f"{flops / 1e9:.2f} GFLOPs an image: {rate:.2f} TFLOP/s"
@@ -402,7 +401,9 @@ def train(cfg):
         torch.manual_seed(mix(cfg.seed, step, 2 + rank))               # dropout follows (seed, step) too
         fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
-        if cfg.distill:
+        fade = max(1 - images / (cfg.distill_images or math.inf), 0)
+        weights[1:] = fade * (cfg.distill or 0)
+        if cfg.distill and fade:                           # at weight 0 the teacher costs nothing
             with autocast():
                 keys = teacher_keys(ema, *batches.noisy_view(x0, step, diffusion), micro)
         for i in range(0, share, micro):
@@ -412,7 +413,8 @@ def train(cfg):
                 if cfg.distill:                            # the more of an image is left, the more z can know
                     losses, p = losses
                     own = rank * share + i + torch.arange(micro, device=device)
-                    losses = torch.stack([losses, diffusion.abar[some[1]] * contrast(p, keys, own)])
+                    apart = contrast(p, keys, own) if fade else 0 * p.sum(1)   # DDP: all weights used
+                    losses = torch.stack([losses, diffusion.abar[some[1]] * apart])
                 loss = losses.view(len(weights), micro).sum(1) / share
                 scaler.scale(loss @ weights).backward()
             loss_sum += loss.detach()
@@ -430,7 +432,7 @@ def train(cfg):
             loss_sum.tolist()                                          # waits for the device
             ready = time.time() - START
         if loss_count == LOG_STEPS or done:
-            mean = dict(zip(("loss", "distill"), mean_loss()))         # waits for the device
+            mean = dict(zip(("loss", "distill")[:1 + (fade > 0)], mean_loss()))        # waits for the device
             speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
             record = dict(images=images, **mean, lr=lr, images_per_second=round(speed, 1),
                           seconds=round(seconds, 1))
@@ -444,10 +446,9 @@ def train(cfg):
             speeds.append(speed)
             if loss_count == LOG_STEPS:
                 loss_sum, loss_count, logged, logged_time = torch.zeros_like(loss_sum), 0, images, time.time()
-        if images // cfg.save_every > (images - cfg.batch_size) // cfg.save_every and not done:
-            save()
-        if images // cfg.sample_every > (images - cfg.batch_size) // cfg.sample_every and not done:
-            draw()
+        for every, act in ((cfg.save_every, save), (cfg.sample_every, draw)):
+            if images // every > (images - cfg.batch_size) // every and not done:
+                act()
     bar.close()
     if cfg.bench:
         eager = torch.compiler.set_stance("force_eager")

@@ -182,9 +182,9 @@ def test_help(capsys, monkeypatch):
 FLAGS = {"model": "uvit", "size": "small", "data": "shapes", "image_size": 24, "out": "here", "images": 7,
          "minutes": 0.5, "batch_size": 3, "micro_batch": 1, "lr": 0.25, "warmup": 11, "decay": 12, "ema": 13,
          "save_every": 14, "sample_every": 15, "resume": True, "conditional": True, "self_cond": False,
-         "distill": 0.25, "target": "v", "schedule": "cosine", "seed": 2**70, "device": "cpu",
-         "precision": "bf16", "compile": False, "skip_bad": True, "resident": False, "encode": "there",
-         "vae": "mine", "bench": True}
+         "distill": 0.25, "distill_images": 17, "target": "v", "schedule": "cosine", "seed": 2**70,
+         "device": "cpu", "precision": "bf16", "compile": False, "skip_bad": True, "resident": False,
+         "encode": "there", "vae": "mine", "bench": True}
 
 
 def test_flags():
@@ -195,7 +195,8 @@ def test_flags():
         given = [flag, str(value)]
         if type(value) is bool:
             given = [flag if value else flag.replace("--", "--no-")]
-        cfg, default = (asdict(train.parse_config(["--model", "uvit", *x])) for x in (given, []))
+        base = "--model uvit --distill 2".split() if name == "distill_images" else ["--model", "uvit"]
+        cfg, default = (asdict(train.parse_config([*base, *x])) for x in (given, []))
         changed = {k for k in cfg if cfg[k] != default[k]}
         assert cfg[name] == value and type(cfg[name]) is type(value)
         assert changed - {"out", "images"} == {name} - {"model", "size", "out", "images"}, name
@@ -711,6 +712,20 @@ def test_distill(tmp_path, monkeypatch, model):
     assert {k for k in state["model"].keys() - plain["model"].keys() if "projector" not in k} == set()
 
 
+def test_distill_fades(tmp_path, monkeypatch):
+    """Its weight falls linearly to 0; from then on the teacher is not asked and the log has no loss of it."""
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    kind, steps, asked = torch.amp.GradScaler, [], []
+    scale = kind.scale
+    monkeypatch.setattr(kind, "scale", lambda self, x: steps.append(x.item()) or scale(self, x))
+    monkeypatch.setattr(train, "teacher_keys", lambda *x: asked.append(1) or diffusion.teacher_keys(*x))
+    run(tmp_path / "run", f"{DISTILL} --distill-images 48")
+    records = log(tmp_path / "run")[1]
+    assert ["distill" in r for r in records] == [True] * 3 + [False] * 3 and len(asked) == 3
+    expected = [r["loss"] + w * r.get("distill", 0) for r, w in zip(records, (1/2, 1/3, 1/6, 0, 0, 0))]
+    assert steps == pytest.approx(expected, abs=1e-5)
+
+
 def test_distill_in_parts(tmp_path, monkeypatch, photos):
     """Parts of a batch and two processes equal one: keys come from the whole batch."""
     monkeypatch.setattr(train, "CLIP", 1e9)
@@ -721,7 +736,7 @@ def test_distill_in_parts(tmp_path, monkeypatch, photos):
     assert [r["distill"] for r in log(tmp_path / "4")[1]] == pytest.approx(
         [r["distill"] for r in log(tmp_path / "16")[1]], abs=1e-5)
     monkeypatch.undo()
-    flags = f"{DISTILL} --data folder:{photos}"
+    flags = f"{DISTILL} --distill-images 48 --data folder:{photos}"
     code, _, err = launch(*TORCHRUN, ROOT / "train.py", *argv(tmp_path / "two", flags))
     assert code == 0, err
     one, two = run(tmp_path / "one", flags), load(tmp_path / "two")
@@ -731,10 +746,11 @@ def test_distill_in_parts(tmp_path, monkeypatch, photos):
 def test_distill_resume(tmp_path, monkeypatch, capsys):
     """A distilled run resumes bit for bit, both losses too; sample.py and probe.py read it; so a baseline."""
     monkeypatch.setattr(train, "LOG_STEPS", 4)
-    whole = run(tmp_path / "whole", DISTILL)
-    run(tmp_path / "run", f"{DISTILL} --images 32")
-    assert_same_run(run(tmp_path / "run", f"{DISTILL} --resume"), whole)
-    expected, found = ({r["images"]: r["distill"] for r in log(tmp_path / name)[1]}
+    flags = f"{DISTILL} --distill-images 80"
+    whole = run(tmp_path / "whole", flags)
+    run(tmp_path / "run", f"{flags} --images 32")
+    assert_same_run(run(tmp_path / "run", f"{flags} --resume"), whole)
+    expected, found = ({r["images"]: r.get("distill") for r in log(tmp_path / name)[1]}
                        for name in ("whole", "run"))
     assert found.items() >= expected.items()
     with refused(capsys, "distill"):
@@ -1044,6 +1060,7 @@ def test_processes_and_batch(tmp_path, monkeypatch, capsys):
     ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
     ("--images many", "--images many"),
     ("--images 1.5", "--images 1.5"),
+    ("--distill-images 9", "--distill-images --distill 0.1"),
     ("--bogus", "--bogus --help"),
     ("--device cuda", "--device cuda cpu"),
     ("--device mps", "--device mps cpu"),
@@ -1054,7 +1071,7 @@ def test_processes_and_batch(tmp_path, monkeypatch, capsys):
     *[(f"--{name} {value}", f"--{name} {value} 0") for name, values in {
         "images": (0, -5), "batch-size": (0, -16), "micro-batch": (0, -1), "lr": (0.0, -0.1), "warmup": (0,),
         "decay": (0, -1), "ema": (0, -1), "minutes": (0.0, -1.0), "save-every": (0,), "sample-every": (-1,),
-        "image-size": (0, -8)}.items() for value in values],
+        "image-size": (0, -8), "distill": (0.0,), "distill-images": (0,)}.items() for value in values],
 ])
 def test_bad_flags(tmp_path, monkeypatch, capsys, flags, words):
     """What can't be is refused in one sentence that names the value and what can; nothing is written."""

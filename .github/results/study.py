@@ -5,7 +5,8 @@
 
 For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in
 the end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
-network's file, below; "mid distill 0.1" trains mid with --distill 0.1.
+network's file, below; "mid distill 0.1" trains mid with --distill 0.1, "mid distill 0.1 until 400000" with
+--distill-images 400000 as well.
 """
 import argparse
 import json
@@ -105,12 +106,14 @@ def read(path):
 def measure(args, name, variant, seed, judge=None):
     """Trains, samples and probes -> dict; judge(samples.npz) -> a number, where there is one."""
     run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
-    kind, _, weight = variant.partition(" distill ")
+    kind, _, rest = variant.partition(" distill ")
+    weight, _, until = rest.partition(" until ")
     train.MODELS[name] = network(name, kind)
     rare = "--save-every 1000000000 --sample-every 1000000000"
     train.main([*f"--model {name} --size study --data {args.data} --images {args.images} --batch-size "
                 f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(), *args.flags.split(),
-                *["--no-self-cond"] * (kind == "baseline"), *["--distill", weight] * bool(weight)])
+                *["--no-self-cond"] * (kind == "baseline"), *["--distill", weight] * bool(weight),
+                *["--distill-images", until] * bool(until)])
     sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
     probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
     result = json.loads((run / "probe.json").read_text())
