@@ -311,7 +311,7 @@ def train(cfg):
     autocast, dtype = pick_autocast(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start, images, loss_count = time.time(), 0, 0
-    weights = torch.tensor([1.0] + [cfg.distill] * bool(cfg.distill), device=device)     # of the losses
+    weights = torch.ones(1 + bool(cfg.distill), device=device)         # of the losses
     loss_sum = torch.zeros_like(weights)
     if state:
         restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
@@ -399,11 +399,11 @@ def train(cfg):
         step = images // cfg.batch_size
         x0, t, noise, y = batches(step)
         torch.manual_seed(mix(cfg.seed, step, 2 + rank))               # dropout follows (seed, step) too
-        fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
+        fall = max(1 - images / (cfg.decay or math.inf), 0.01)
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
-        fade = max(1 - images / (cfg.distill_images or math.inf), 0)
-        weights[1:] = fade * (cfg.distill or 0)
-        if cfg.distill and fade:                           # at weight 0 the teacher costs nothing
+        weight = (cfg.distill or 0) * max(1 - images / (cfg.distill_images or math.inf), 0)
+        weights[1:] = weight
+        if weight:                                         # at 0 the teacher costs nothing
             with autocast():
                 keys = teacher_keys(ema, *batches.noisy_view(x0, step, diffusion), micro)
         for i in range(0, share, micro):
@@ -413,7 +413,7 @@ def train(cfg):
                 if cfg.distill:                            # the more of an image is left, the more z can know
                     losses, p = losses
                     own = rank * share + i + torch.arange(micro, device=device)
-                    apart = contrast(p, keys, own) if fade else 0 * p.sum(1)   # DDP: all weights used
+                    apart = contrast(p, keys, own) if weight else 0 * p.sum(1)     # DDP: p is used
                     losses = torch.stack([losses, diffusion.abar[some[1]] * apart])
                 loss = losses.view(len(weights), micro).sum(1) / share
                 scaler.scale(loss @ weights).backward()
@@ -432,7 +432,7 @@ def train(cfg):
             loss_sum.tolist()                                          # waits for the device
             ready = time.time() - START
         if loss_count == LOG_STEPS or done:
-            mean = dict(zip(("loss", "distill")[:1 + (fade > 0)], mean_loss()))        # waits for the device
+            mean = dict(zip(("loss", "distill")[:1 + (weight > 0)], mean_loss()))      # waits for the device
             speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
             record = dict(images=images, **mean, lr=lr, images_per_second=round(speed, 1),
                           seconds=round(seconds, 1))
