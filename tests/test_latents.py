@@ -161,7 +161,9 @@ def test_broken_images(vae, photos, latents, tmp_path, capsys):
     keep = [i for i in range(N) if i not in (0, *range(16, 32), N - 1)]
     for name in ("latents.npy", "labels.npy"):
         whole, part = (np.load(folder / "train" / name) for folder in (latents, tmp_path / "out"))
-        assert np.array_equal(whole[:, keep] if whole.ndim > 1 else whole[keep], part), name
+        whole = whole[:, keep] if whole.ndim > 1 else whole[keep]
+        assert whole.shape == part.shape                                     # the last bits follow the batch
+        assert np.allclose(whole, part, rtol=0, atol=1e-3), name
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
