@@ -384,7 +384,7 @@ def test_study_table(study):
                 for s, (d, a) in enumerate(zip(distances, tests))]
     found = study.table(runs("baseline", [8.0, 8.2, 8.1], [0.5, 0.52, 0.5]) +
                         runs("z", [7.5, 7.71, 7.6], [0.51, 0.52, 0.55]) + runs("w", [7.0, 7.2], [0.6, 0.6]) +
-                        runs("v", [7.9, 8.3, 8.0], [0.51, 0.54, 0.53]) + runs("u", [None], [0.6]) +
+                        runs("v", [7.9, 8.3, 8.0], [0.51, 0.54, 0.53]) + runs("u", 3 * [None], 3 * [0.6]) +
                         runs("z distill 0.1", [7.4, 7.61, 7.5], [0.55, 0.56, 0.58]))
     rows = dict(line.strip("| ").split(" | ", 1) for line in found.splitlines() if " " in line)
     assert rows["baseline"] == "8.00 / 8.20 / 8.10 (8.10 +- 0.10) | 50.0 / 52.0 / 50.0 (50.7 +- 1.2)"
@@ -394,7 +394,8 @@ def test_study_table(study):
     assert rows["v - baseline"].count("not resolved") == 2                  # signs differ; 2.0 +- 1.0
     assert rows["z distill 0.1 - z"] == ("-0.10 / -0.10 / -0.10 (-0.10 +- 0.00): shown | "
                                          "4.0 / 4.0 / 3.0 (3.7 +- 0.6): shown")
-    assert rows["u"] == "nan | 60.0" and rows["u - baseline"] == "nan: not resolved | 10.0: not resolved"
+    assert rows["u"] == "- | 60.0 / 60.0 / 60.0 (60.0 +- 0.0)"             # nobody judged its samples
+    assert rows["u - baseline"] == "- | 10.0 / 8.0 / 10.0 (9.3 +- 1.2): shown"
 
 
 @readme

@@ -159,7 +159,8 @@ def table(records):
         cells = []
         for k, digits in enumerate((2, 1)):
             values = [found[variant][s][k] - (found[minus][s][k] if minus else 0) for s in seeds]
-            cells.append(cell(values, digits) + f": {verdict(values)}" * bool(minus))
+            known = not any(map(math.isnan, values))                       # distances need a judge
+            cells.append(cell(values, digits) + f": {verdict(values)}" * bool(minus) if known else "-")
         rows.append(f"| {variant} {f'- {minus} ' * bool(minus)}| {' | '.join(cells)} |")
     return "\n".join(rows)
 
