@@ -162,8 +162,8 @@ def test_broken_images(vae, photos, latents, tmp_path, capsys):
     for name in ("latents.npy", "labels.npy"):
         whole, part = (np.load(folder / "train" / name) for folder in (latents, tmp_path / "out"))
         whole = whole[:, keep] if whole.ndim > 1 else whole[keep]
-        assert whole.shape == part.shape                                     # the last bits follow the batch
-        assert np.allclose(whole, part, rtol=0, atol=1e-3), name
+        assert whole.shape == part.shape                                     # a last bit may follow the batch
+        assert np.allclose(whole, part, rtol=2**-10, atol=1e-5), name
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
