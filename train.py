@@ -72,7 +72,7 @@ class Config:
     resume: bool = flag(False, "continue the run in --out; start fresh if it has no checkpoint")
     conditional: bool = flag(False, "train with the class labels")
     self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
-    distill: float = flag(None, "weight of contrastive self-distillation of z [off]")
+    distill: float = flag(None, "weight of contrastive self-distillation of z, say 0.005 to 0.02 [off]")
     distill_images: int = flag(None, "images over which that weight falls linearly to 0 [never]")
     target: str = flag("eps", "what the network predicts [eps]", TARGETS)
     schedule: str = flag("linear", "noise schedule [linear]", SCHEDULES)
@@ -113,7 +113,7 @@ def parse_config(argv=None):
         value = getattr(cfg, f.name)
         require(f.type not in (int, float) or value is None or value > -(f.name == "seed"),
                 f"--{f.name.replace('_', '-')} {value} is impossible: use more than {-(f.name == 'seed')}.")
-    require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.1.")
+    require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
     cfg.images = cfg.images or (None if cfg.minutes else budget)
     data = Path(cfg.data.removeprefix("folder:").removeprefix("latents:")).name.replace(":", "-")
     name = f"{cfg.model}-{cfg.size}-{data}"

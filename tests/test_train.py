@@ -1060,7 +1060,7 @@ def test_processes_and_batch(tmp_path, monkeypatch, capsys):
     ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
     ("--images many", "--images many"),
     ("--images 1.5", "--images 1.5"),
-    ("--distill-images 9", "--distill-images --distill 0.1"),
+    ("--distill-images 9", "--distill-images --distill 0.02"),
     ("--bogus", "--bogus --help"),
     ("--device cuda", "--device cuda cpu"),
     ("--device mps", "--device mps cpu"),

@@ -1,11 +1,11 @@
 """Small networks in pairs: variants of self-conditioning and distillation beside a baseline, over seeds.
 
     python .github/results/study.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
-    python .github/results/study.py unet --variants baseline mid "mid distill 0.1" --size dim=128 dropout=0
+    python .github/results/study.py unet --variants baseline mid "mid distill 0.005" --size dim=128 dropout=0
 
 For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in
 the end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
-network's file, below; "mid distill 0.1" trains mid with --distill 0.1, "mid distill 0.1 until 400000" with
+network's file, below; "mid distill 0.02" trains mid with --distill 0.02, "mid distill 0.02 until 400000" with
 --distill-images 400000 as well.
 """
 import argparse
