@@ -89,7 +89,7 @@ class Config:
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
                    ema=20_000, save_every=20_000, sample_every=40_000)
-TINY_BY_MODEL = {"unet": dict(decay=60_000), "uvit": dict(decay=500_000, lr=2e-3), "dit": dict(decay=400_000)}
+TINY_BY_MODEL = {"unet": dict(decay=60_000), "uvit": dict(decay=450_000), "dit": dict(decay=400_000)}
 MAY_CHANGE = """out images minutes micro_batch save_every sample_every resume device precision compile
                 skip_bad resident encode vae"""
 

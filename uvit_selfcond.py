@@ -15,7 +15,8 @@ Baseline: U-ViT (Bao et al., CVPR 2023, arXiv 2209.12152): time and label are to
 Read from top to bottom: each class uses only what stands above it. torch is the only import.
 
 Differs from the original by: attention through scaled_dot_product_attention, not forced to float32; one row
-more in the label table, "no class"; proj, where self_cond is on.
+more in the label table, "no class"; the last convolution starts as the identity, not at random, which a short
+training takes many images to undo (measured in the README); proj, where self_cond is on.
 Also tried: one proj a decoder block, z added once to all tokens, z behind out_2 (measured in the README).
 """
 import math
@@ -161,13 +162,15 @@ class UViT(nn.Module):
             nn.init.zeros_(self.proj[1].bias)
 
     def init_weights(self):
-        # positions and linear layers; convolutions and the label table keep PyTorch's default
+        # positions, linear layers and the last convolution; the rest keeps PyTorch's default
         nn.init.trunc_normal_(self.positions, std=0.02)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
+        nn.init.dirac_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
 
     @property
     def blocks(self):

@@ -135,6 +135,14 @@ def test_adaln_zero():
     assert not out.any() and all(torch.equal(h, feats["block_1"]) for h in feats.values())
 
 
+def test_uvit_last_convolution():
+    """A fresh U-ViT's last convolution is the identity: the patches alone predict, at borders too."""
+    net = build("uvit")
+    out, feats = net(*inputs(net), return_features=True)
+    tokens = [*feats.values()][-1].flatten(2).transpose(1, 2)
+    assert error(out, uvit_selfcond.unpatchify(net.linear_out(net.norm_out(tokens)), 2)) < 1e-6
+
+
 def test_position_table_is_fixed():
     """DiT's position table is neither trained nor saved."""
     net = build("dit")
