@@ -89,7 +89,7 @@ class Config:
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
                    ema=20_000, save_every=20_000, sample_every=40_000)
-TINY_BY_MODEL = {"unet": dict(decay=60_000), "uvit": dict(decay=450_000), "dit": dict(decay=400_000)}
+TINY_IMAGES = {"unet": 60_000, "uvit": 450_000, "dit": 400_000}
 MAY_CHANGE = """out images minutes micro_batch save_every sample_every resume device precision compile
                 skip_bad resident encode vae"""
 
@@ -105,8 +105,8 @@ def parse_config(argv=None):
     cfg = Config(**given)
     sizes, budget = MODELS[cfg.model].SIZES, 10_000_000
     if (cfg.size, cfg.data) == ("tiny", "shapes"):
-        budget = TINY_BY_MODEL[cfg.model]["decay"]
-        cfg = Config(**{**TINY_SHAPES, **TINY_BY_MODEL[cfg.model], **given})
+        budget = TINY_IMAGES[cfg.model]
+        cfg = Config(**{**TINY_SHAPES, "decay": budget, **given})
     cfg.size = cfg.size or list(sizes)[1]
     require(cfg.size in sizes, f"--size {cfg.size} is not one of {cfg.model}: use {', '.join(sizes)}.")
     for f in fields(Config):

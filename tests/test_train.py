@@ -214,8 +214,8 @@ RECIPE = {**train.TINY_SHAPES, "conditional": True, "target": "v", "schedule": "
     ("--out here --no-self-cond", dict(out="here")),
     ("--minutes 5", dict(minutes=5.0, images=None)),
     ("--minutes 5 --images 9", dict(minutes=5.0, images=9)),
-    *[(f"--model {m} --size tiny --data shapes", {**RECIPE, **train.TINY_BY_MODEL[m],
-       "images": train.TINY_BY_MODEL[m]["decay"], "out": f"runs/{m}-tiny-shapes"}) for m in train.MODELS],
+    *[(f"--model {m} --size tiny --data shapes", {**RECIPE, "decay": train.TINY_IMAGES[m],
+       "images": train.TINY_IMAGES[m], "out": f"runs/{m}-tiny-shapes"}) for m in train.MODELS],
     ("--size tiny --data shapes --lr 0.5 --no-conditional --target eps --batch-size 8 --decay 5 --images 77",
      {**RECIPE, "lr": 0.5, "conditional": False, "target": "eps", "batch_size": 8, "decay": 5, "images": 77}),
     ("--size tiny --data shapes:full", dict(lr=2e-4, target="eps", conditional=False, batch_size=256,
@@ -1217,7 +1217,7 @@ def test_bad_checkpoint(old_run, capsys, case):
     ("--data shapes:full", "shapes"), ("--no-self-cond", "self_cond True"), ("--target eps", "target v"),
     ("--schedule linear", "schedule cosine"), ("--no-conditional", "conditional True"),
     ("--seed 1", "seed 0"), ("--batch-size 32", "batch_size 16"),
-    ("--decay 7", f"decay {train.TINY_BY_MODEL['dit']['decay']}"),
+    ("--decay 7", f"decay {train.TINY_IMAGES['dit']}"),
     *[(f"--{name} 7", f"{name} {train.TINY_SHAPES[name]}") for name in ("lr", "ema", "warmup")]])
 def test_another_run(old_run, capsys, flags, words):
     """A checkpoint of another experiment is refused, with the flag that differs; the folder stays."""
