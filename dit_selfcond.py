@@ -25,17 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def aggregate(h):
-    """Feature map (B, D, h, w) -> z (B, D) in float32: the mean over space."""
-    return h.float().mean((2, 3))
-
-
-def keep(feats, name, h):
-    """Record feature map h (B, D, h, w) under its name, where features were asked for (feats is a dict)."""
-    if feats is not None:
-        feats[name] = h
-
-
 def sinusoid(t, dim):
     """Steps t (B,) -> (B, dim): cos | sin of t over frequencies from 1 down towards 1/10000."""
     half = dim // 2
@@ -170,8 +159,8 @@ class DiT(nn.Module):
                              f"patches have {patch} pixels, so use a multiple of {patch}.")
         self.image_size, self.channels = image_size, channels
         self.num_classes, self.self_cond = num_classes, self_cond
-        self.patch = patch
-        self.bottleneck = f"block_{depth // 2}"
+        self.patch, self.half = patch, depth // 2  # half: number of blocks before z
+        self.bottleneck = f"block_{self.half}"
 
         self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))  # 256: sinusoid
@@ -207,44 +196,54 @@ class DiT(nn.Module):
         """What there is to compile, one by one."""
         return [*self.blocks, self.final]
 
-    def encoder(self, x, t, y=None, feats=None):
-        """Everything up to the bottleneck -> its features h (B, D, h, w), conditioning c (B, D)."""
+    def aggregate(self, feats):
+        """What z is: the encoder's features by name, each (B, D, h, w) -> (B, D) in float32."""
+        return feats[self.bottleneck].float().mean((2, 3))
+
+    def encoder(self, x, t, y=None):
+        """Everything up to the bottleneck -> tokens (B, N, D), conditioning c (B, D), features so far."""
         if y is not None and not self.num_classes:
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         c = self.time_mlp(sinusoid(t, 256).to(x.dtype))                      # (B,) -> (B, 256) -> (B, D)
         if self.num_classes:
             c = c + self.label_embed(torch.full_like(t, self.num_classes) if y is None else y)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions  # (B, C, H, W) -> (B, N, D)
-        for n, block in enumerate(self.blocks[:len(self.blocks) // 2], 1):
+        feats = {}
+        for n, block in enumerate(self.blocks[:self.half], 1):
             x = block(x, c)                                                  # (B, N, D)
-            keep(feats, f"block_{n}", to_map(x))
-        return to_map(x), c
+            feats[f"block_{n}"] = to_map(x)
+        return x, c, feats
 
-    def decoder(self, h, c, feats=None):
-        """Features h (B, D, h, w), conditioning c (B, D) -> prediction (B, C, H, W)."""
-        x = h.flatten(2).transpose(1, 2)                                     # (B, D, h, w) -> (B, N, D)
-        for n, block in enumerate(self.blocks[len(self.blocks) // 2:], len(self.blocks) // 2 + 1):
+    def decoder(self, x, c, feats=None):
+        """Tokens x (B, N, D), conditioning c (B, D) -> prediction (B, C, H, W)."""
+        for n, block in enumerate(self.blocks[self.half:], self.half + 1):
             x = block(x, c)                                                  # (B, N, D)
-            keep(feats, f"block_{n}", to_map(x))
+            if feats is not None:
+                feats[f"block_{n}"] = to_map(x)
         return unpatchify(self.final(x, c), self.patch)                      # (B, N, p p C) -> (B, C, H, W)
 
-    def forward(self, x, t, y=None, return_features=False):
+    def forward(self, x, t, y=None, return_features=False, return_z=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
 
-        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order.
+        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order;
+        with return_z also z (B, D).
         """
-        feats = {} if return_features else None
-        h, c = self.encoder(x, t, y, feats)
+        x, c, feats = self.encoder(x, t, y)
 
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
-        z = aggregate(h)                                                     # (B, D, h, w) -> (B, D)
+        z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
             c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 
-        eps = self.decoder(h, c, feats)
-        return (eps, feats) if return_features else eps
+        eps = self.decoder(x, c, feats if return_features else None)
+        if return_features:
+            return eps, feats
+        if return_z:
+            return eps, z
+        return eps
 
     def encode(self, x, t, y=None):
         """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
-        return aggregate(self.encoder(x, t, y)[0])
+        *_, feats = self.encoder(x, t, y)
+        return self.aggregate(feats)

@@ -25,17 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def aggregate(h):
-    """Feature map (B, D, h, w) -> z (B, D) in float32: the mean over space."""
-    return h.float().mean((2, 3))
-
-
-def keep(feats, name, h):
-    """Record feature map h (B, D, h, w) under its name, where features were asked for (feats is a dict)."""
-    if feats is not None:
-        feats[name] = h
-
-
 def sinusoid(t, dim):
     """Steps t (B,) -> (B, dim): sin | cos of t over frequencies from 1 to exactly 1/10000, hence half - 1."""
     half = dim // 2
@@ -45,21 +34,29 @@ def sinusoid(t, dim):
     return torch.cat([args.sin(), args.cos()], dim=1)
 
 
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm by the moments of each channel, in the dtype of x; train.py puts it everywhere on CUDA.
+def group_norm(x, groups, weight, bias, eps):
+    """What F.group_norm says of x (B, C, H, W), from the first two moments of each channel. G: groups."""
+    dtype, x = x.dtype, x.to(weight.dtype)                                   # of bf16 in float32
+    moments = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])         # (2, B, C)
+    moments = moments.unflatten(2, (groups, -1))                             # (2, B, G, C / G)
+    moments = moments.mean(3, keepdim=True).expand_as(moments)               # of each group, for its channels
+    mean, square = moments.flatten(2)                                        # 2 x (B, C)
+    scale = weight * ((square - mean.square()).clamp(min=0) + eps).rsqrt()
+    shift = bias - mean * scale
+    return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(dtype)
 
-    There nn.GroupNorm, compiled or not, copies every channels_last map into the other layout and back, in
-    float32: a fifth of a step. On a CPU it is the faster one.
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm; on CUDA by the function above, where it saves a fifth of a step.
+
+    There torch's own copies every channels_last map into the other layout and back, in float32, compiled or
+    not. On a CPU torch's own is the faster one.
     """
 
     def forward(self, x):
-        dtype, x = x.dtype, x.to(self.weight.dtype)                    # moments of bf16 are taken in float32
-        m = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])     # (2, B, C)
-        m = m.unflatten(2, (self.num_groups, -1))                      # (2, B, G, C / G)
-        mean, square = m.mean(3, keepdim=True).expand_as(m).flatten(2)
-        scale = self.weight * ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(dtype)
+        if x.device.type != "cuda":
+            return super().forward(x)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -67,7 +64,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.norm = nn.GroupNorm(32, dim)
+        self.norm = GroupNorm(32, dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
@@ -87,9 +84,9 @@ class Block(nn.Module):
 
     def __init__(self, dim_in, dim_out, dim_c, dropout, attention):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, dim_in)
+        self.norm1 = GroupNorm(32, dim_in)
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, dim_out)
+        self.norm2 = GroupNorm(32, dim_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
         self.shortcut = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
@@ -177,7 +174,7 @@ class UNet(nn.Module):
             level.append(Upsample(d) if i else nn.Identity())
             self.up.append(level)
 
-        self.end = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.end = nn.Sequential(GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
 
         # last, so that the baseline's random initialisation is the same with and without
         if self_cond:
@@ -196,25 +193,30 @@ class UNet(nn.Module):
         """What there is to compile, one by one; of the rest the compiler makes nothing faster."""
         return [*self.blocks, self.end]
 
-    def encoder(self, x, t, y=None, feats=None):
-        """Everything up to the bottleneck -> its features h (B, D, h, w), conditioning c (B, E), skips."""
+    def aggregate(self, feats):
+        """What z is: the encoder's features by name, each (B, D, h, w) -> (B, D) in float32."""
+        return feats[self.bottleneck].float().mean((2, 3))
+
+    def encoder(self, x, t, y=None):
+        """Everything up to the bottleneck -> h (B, D, h, w), conditioning c (B, E), skips, features so far."""
         if y is not None and not self.num_classes:
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         c = self.time_mlp(sinusoid(t, self.dim).to(x.dtype))                 # (B,) -> (B, dim) -> (B, E)
         if self.num_classes:
             c = c + self.label_embed(torch.full_like(t, self.num_classes) if y is None else y)
-        h, skips, n = self.conv_in(x), [], 0                                 # (B, dim, H, W)
+        h = self.conv_in(x)                                                  # (B, dim, H, W)
+        feats, skips, n = {}, [], 0
         for *blocks, downsample in self.down:
             skips.append(h)
             for n, block in enumerate(blocks, n + 1):
                 h = block(h, c)                                              # (B, dims[i], H / 2^i, W / 2^i)
                 skips.append(h)
-                keep(feats, f"in_{n}", h)
+                feats[f"in_{n}"] = h
             h = downsample(h)
         for block in self.mid:
             h = block(h, c)                                                  # (B, D, h, w)
-        keep(feats, "mid", h)
-        return h, c, skips
+        feats["mid"] = h
+        return h, c, skips, feats
 
     def decoder(self, h, c, skips, feats=None):
         """Features h (B, D, h, w), conditioning c (B, E), skips -> prediction (B, C, H, W)."""
@@ -222,27 +224,33 @@ class UNet(nn.Module):
         for *blocks, upsample in self.up:
             for n, block in enumerate(blocks, n + 1):
                 h = block(h, c, skips.pop())                                 # (B, dims[i], H / 2^i, W / 2^i)
-                keep(feats, f"out_{n}", h)
+                if feats is not None:
+                    feats[f"out_{n}"] = h
             h = upsample(h)
         return self.end(h)                                                   # (B, dim, H, W) -> (B, C, H, W)
 
-    def forward(self, x, t, y=None, return_features=False):
+    def forward(self, x, t, y=None, return_features=False, return_z=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
 
-        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order.
+        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order;
+        with return_z also z (B, D).
         """
-        feats = {} if return_features else None
-        h, c, skips = self.encoder(x, t, y, feats)
+        h, c, skips, feats = self.encoder(x, t, y)
 
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
-        z = aggregate(h)                                                     # (B, D, h, w) -> (B, D)
+        z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
             c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, E)
         # -------------------------------------------------------------------------------------
 
-        eps = self.decoder(h, c, skips, feats)
-        return (eps, feats) if return_features else eps
+        eps = self.decoder(h, c, skips, feats if return_features else None)
+        if return_features:
+            return eps, feats
+        if return_z:
+            return eps, z
+        return eps
 
     def encode(self, x, t, y=None):
         """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
-        return aggregate(self.encoder(x, t, y)[0])
+        *_, feats = self.encoder(x, t, y)
+        return self.aggregate(feats)

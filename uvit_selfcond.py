@@ -16,25 +16,14 @@ Read from top to bottom: each class uses only what stands above it. torch is the
 
 Differs from the original by: attention through scaled_dot_product_attention, not forced to float32; one row
 more in the label table, "no class"; the last convolution starts as the identity, not at random, which a short
-training takes many images to undo (measured in the README); proj, where self_cond is on.
-Also tried: one proj a decoder block, z added once to all tokens, z behind out_2 (measured in the README).
+training takes many images to undo; proj, where self_cond is on.
+Also tried: one proj a decoder block, z added once to all tokens, z behind out_2 (see .github/results).
 """
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-def aggregate(h):
-    """Feature map (B, D, h, w) -> z (B, D) in float32: the mean over space."""
-    return h.float().mean((2, 3))
-
-
-def keep(feats, name, h):
-    """Record feature map h (B, D, h, w) under its name, where features were asked for (feats is a dict)."""
-    if feats is not None:
-        feats[name] = h
 
 
 def sinusoid(t, dim):
@@ -186,8 +175,12 @@ class UViT(nn.Module):
         """All tokens (B, extras + N, D) -> feature map (B, D, h, w) of the patch tokens."""
         return to_map(x[:, self.extras:])
 
-    def encoder(self, x, t, y=None, feats=None):
-        """Everything up to the bottleneck -> all tokens (B, extras + N, D), conditioning c (B, D), skips.
+    def aggregate(self, feats):
+        """What z is: the encoder's features by name, each (B, D, h, w) -> (B, D) in float32."""
+        return feats[self.bottleneck].float().mean((2, 3))
+
+    def encoder(self, x, t, y=None):
+        """Everything up to the bottleneck -> tokens (B, extras + N, D), conditioning c (B, D), skips, features.
 
         The tokens: label (if any), time, patches. c is 0: U-ViT conditions by tokens only.
         """
@@ -198,41 +191,47 @@ class UViT(nn.Module):
             label = self.label_embed(torch.full_like(t, self.num_classes) if y is None else y)
             tokens.insert(0, label[:, None])
         x = torch.cat(tokens, dim=1) + self.positions                        # (B, extras + N, D)
-        skips = []
+        feats, skips = {}, []
         for n, block in enumerate(self.in_blocks, 1):
             x = block(x)                                                     # (B, extras + N, D)
             skips.append(x)
-            keep(feats, f"in_{n}", self.to_map(x))
+            feats[f"in_{n}"] = self.to_map(x)
         x = self.mid_block(x)
-        keep(feats, "mid", self.to_map(x))
-        return x, x.new_zeros(x.shape[0], self.dim), skips
+        feats["mid"] = self.to_map(x)
+        c = x.new_zeros(x.shape[0], self.dim)
+        return x, c, skips, feats
 
     def decoder(self, x, c, skips, feats=None):
         """All tokens x (B, extras + N, D), conditioning c (B, D), skips -> prediction (B, C, H, W)."""
         for n, block in enumerate(self.out_blocks, 1):
             x = block(x, skips.pop(), c)                                     # (B, extras + N, D)
-            keep(feats, f"out_{n}", self.to_map(x))
+            if feats is not None:
+                feats[f"out_{n}"] = self.to_map(x)
         x = self.linear_out(self.norm_out(x))[:, self.extras:]               # (B, N, p p C)
         return self.conv_out(unpatchify(x, self.patch))                      # (B, C, H, W)
 
-    def forward(self, x, t, y=None, return_features=False):
+    def forward(self, x, t, y=None, return_features=False, return_z=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
 
-        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order.
+        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order;
+        with return_z also z (B, D).
         """
-        feats = {} if return_features else None
-        x, c, skips = self.encoder(x, t, y, feats)
-        h = self.to_map(x)
+        x, c, skips, feats = self.encoder(x, t, y)
 
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
-        z = aggregate(h)                                                     # (B, D, h, w) -> (B, D)
+        z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
             c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 
-        eps = self.decoder(x, c, skips, feats)
-        return (eps, feats) if return_features else eps
+        eps = self.decoder(x, c, skips, feats if return_features else None)
+        if return_features:
+            return eps, feats
+        if return_z:
+            return eps, z
+        return eps
 
     def encode(self, x, t, y=None):
         """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
-        return aggregate(self.to_map(self.encoder(x, t, y)[0]))
+        *_, feats = self.encoder(x, t, y)
+        return self.aggregate(feats)
