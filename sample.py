@@ -20,9 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from diffusion import (command, load_data, moments_of, pick_autocast, require, save_file, save_grid, say,
-                       seeded_noise, setup, to_pixels, to_uint8, vae_of)
-from train import GUIDANCE, compile_parts, load_run
+from train import (GUIDANCE, command, compile_parts, load_data, load_run, moments_of, pick_autocast, require,
+                   save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8, vae_of)
 
 
 def parse(argv):
@@ -75,7 +74,7 @@ def class_ids(names, classes, conditional):
 def draw(args, state, net, diffusion, device, ids, indices, trace=None):
     """What the network draws, (n, C, H, W); index i has seed --seed + i and class ids[i mod K]."""
     cfg = state["config"]
-    shape = state["channels"], cfg.image_size, cfg.image_size
+    shape = state["shape"]
     draws = seeded_noise([args.seed + i for i in indices], shape)
 
     def noise(like=None):

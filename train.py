@@ -6,29 +6,48 @@
 Lengths are in images and the batch size is global: more GPUs are faster, the experiment stays the same. All
 randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
+
+In this order: errors, config, data sets, latents, device and run tools, checkpoint, the loop.
 """
-import argparse, copy, json, math, platform, re, signal, statistics, subprocess, sys, time  # noqa: E401
-START = time.time()       # before torch is imported: --bench counts from here to the first step
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.functional import resize, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, GaussianDiffusion, Student, UserError, augment, collect_stops,
-                       command, contrast, encode, load_data, moments_of, pick_autocast, projector, require,
-                       resume_command, right_meta, save_file, save_grid, say, seeded_noise, setup,
-                       teacher_keys, to_pixels, to_x0, vae_of)
+from diffusion import (SCHEDULES, TARGETS, TEACHER_T, GaussianDiffusion, Student, augment, contrast,
+                       make_projector, teacher_keys)
 from dit_selfcond import DiT
-from unet_selfcond import GroupNorm, UNet
+from unet_selfcond import UNet
 from uvit_selfcond import UViT
 
 MODELS = {"unet": UNet, "uvit": UViT, "dit": DiT}
@@ -36,28 +55,41 @@ LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guida
 CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
-PEAK = dict(A100=312, H100=989, H200=989)     # dense bf16 TFLOP/s, by the vendor
-VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
-TEACHER_T = 100           # the teacher of --distill sees a view with less noise than at this step
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
 LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format)   # of images
-
-def mix(*numbers):
-    """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 
 
-# --- config: flags, help, log record and checkpoint record at once ---
+# --- errors and messages ------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
+
+
+def require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+def say(message, file=None):
+    """One line on the console, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message, file=file)
+
+
+# --- config: flags, help, log record and checkpoint record at once ------------------------------------------
 
 def flag(default, help, choices=None):
-    return field(default=default, metadata=dict(help=help, choices=choices and list(choices)))
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
 
 @dataclass
 class Config:
-    model: str = flag("dit", "network", MODELS)
+    model: str = flag("dit", "network", list(MODELS))
     size: str = flag(None, "one of the network's SIZES [small; unet: base]")
     data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, latents:PATH, shapes, shapes:full")
-    image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16; --encode: 256]")
+    image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16; with --vae: 256]")
+    vae: str = flag(None, "train on the latents of --data by this VAE of diffusers: its name or folder [none]")
     out: str = flag(None, "run folder [runs/<model>-<size>-<data>]")
     images: int = flag(None, "stop after so many training images [10,000,000 unless --minutes is given]")
     minutes: float = flag(None, "stop after so many minutes")
@@ -75,74 +107,856 @@ class Config:
     distill: float = flag(None, "weight of contrastive self-distillation of z, say 0.005 to 0.02 [off]")
     distill_images: int = flag(None, "images over which that weight falls linearly to 0 [never]")
     target: str = flag("eps", "what the network predicts [eps]", TARGETS)
-    schedule: str = flag("linear", "noise schedule [linear]", SCHEDULES)
+    schedule: str = flag("linear", "noise schedule [linear]", list(SCHEDULES))
     seed: int = flag(0, "of weights, batches and noise [0]")
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
     precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
     compile: bool = flag(True, "torch.compile and CUDA graphs, where CUDA and Triton are [on]")
     skip_bad: bool = flag(False, "leave out unreadable images of a folder")
     resident: bool = flag(None, "hold the data on the device [where it fills less than half of what is free]")
-    encode: str = flag(None, "instead of training, write the latents of --data into this new folder")
-    vae: str = flag("stabilityai/sd-vae-ft-ema", "of --encode: AutoencoderKL, name on the hub or folder")
-    bench: bool = flag(False, "measure the speed on random images, 80 steps; writes nothing")
+
 
 # --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
 TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
                    ema=20_000, save_every=20_000, sample_every=40_000)
 TINY_IMAGES = {"unet": 60_000, "uvit": 450_000, "dit": 400_000}
-MAY_CHANGE = """out images minutes micro_batch save_every sample_every resume device precision compile
-                skip_bad resident encode vae"""
+# what may be another on --resume
+MAY_CHANGE = ["out", "images", "minutes", "micro_batch", "save_every", "sample_every", "resume", "device",
+              "precision", "compile", "skip_bad", "resident"]
+
+
+def default_image_size(cfg):
+    if cfg.data.startswith("latents:"):
+        return None                                 # theirs
+    if cfg.vae:
+        return 256
+    return 16 if cfg.data.startswith("shapes") else 32
+
+
+def default_out(cfg):
+    data = Path(cfg.data.removeprefix("folder:").removeprefix("latents:")).name.replace(":", "-")
+    name = f"{cfg.model}-{cfg.size}-{data}"
+    return f"runs/{name}" if cfg.self_cond else f"runs/{name}-baseline"
+
+
+def check_config(cfg):
+    """Raises UserError where a flag has a value that cannot be."""
+    sizes = MODELS[cfg.model].SIZES
+    require(cfg.size in sizes, f"--size {cfg.size} is not one of {cfg.model}: use {', '.join(sizes)}.")
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and value is not None:
+            least = -1 if f.name == "seed" else 0
+            require(value > least, f"--{f.name.replace('_', '-')} {value} is impossible: "
+                                   f"use more than {least}.")
+    require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
+    require(not cfg.vae or not cfg.data.startswith("latents:"),
+            f"{cfg.data} is encoded already: leave out --vae, or give images.")
+
 
 def parse_config(argv=None):
     """Flags -> Config with every default filled in. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
     for f in fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=f.metadata["choices"], metavar=f.type.__name__.upper())
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **kind)
+        name = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(name, help=f.metadata["help"], action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(name, help=f.metadata["help"], type=f.type, choices=f.metadata["choices"],
+                                metavar=f.type.__name__.upper())
     given = vars(parser.parse_args(argv))
     cfg = Config(**given)
-    sizes, budget = MODELS[cfg.model].SIZES, 10_000_000
-    if (cfg.size, cfg.data) == ("tiny", "shapes"):
+    budget = 10_000_000
+    if cfg.size == "tiny" and cfg.data == "shapes":
         budget = TINY_IMAGES[cfg.model]
         cfg = Config(**{**TINY_SHAPES, "decay": budget, **given})
-    cfg.size = cfg.size or list(sizes)[1]
-    require(cfg.size in sizes, f"--size {cfg.size} is not one of {cfg.model}: use {', '.join(sizes)}.")
-    for f in fields(Config):
-        value = getattr(cfg, f.name)
-        require(f.type not in (int, float) or value is None or value > -(f.name == "seed"),
-                f"--{f.name.replace('_', '-')} {value} is impossible: use more than {-(f.name == 'seed')}.")
-    require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
-    cfg.images = cfg.images or (None if cfg.minutes else budget)
-    data = Path(cfg.data.removeprefix("folder:").removeprefix("latents:")).name.replace(":", "-")
-    name = f"{cfg.model}-{cfg.size}-{data}"
-    cfg.out = cfg.out or f"runs/{name}" + "-baseline" * (not cfg.self_cond)
+    if cfg.size is None:
+        cfg.size = list(MODELS[cfg.model].SIZES)[1]
+    check_config(cfg)
+    if cfg.images is None and cfg.minutes is None:
+        cfg.images = budget
+    if cfg.image_size is None:
+        cfg.image_size = default_image_size(cfg)
+    if cfg.out is None:
+        cfg.out = default_out(cfg)
     return cfg
 
 
-# --- pieces of the loop ---
+# --- data sets ----------------------------------------------------------------------------------------------
 
-def build(cfg, channels, num_classes, device):
-    """-> network on the device, diffusion. Raises UserError where the image size does not fit the network."""
+# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around; or None.
+# Latents: images (N, C, h, w) float16; both: these and the flipped images' (2, N, C, h, w); meta: see encode.
+Data = namedtuple("Data", "images labels masks classes both meta", defaults=[None, None])
+
+
+def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cpu"):
+    """Data of a spec (see --data); split is "train" or "test". Raises UserError.
+
+    With vae its latents: they are made on the device where they are not there yet. All processes call this.
+    """
+    if spec.startswith("latents:"):
+        data = load_latents(Path(spec.removeprefix("latents:")), split)
+        side = data.images.shape[-1]
+        require(image_size in (None, side), f"{spec} has latents of {side} x {side}, not of {image_size} x "
+                                            f"{image_size}: leave --image-size out.")
+        return data
+    if vae:
+        return load_latents(encode(spec, image_size, vae, device, skip_bad), split)
+    if spec.startswith("folder:"):
+        return load_folder(folder_of(spec), split, image_size or 32, skip_bad)
+    if spec in ("cifar10", "cifar100"):
+        data = load_cifar(spec, split)
+    elif spec in ("shapes", "shapes:full"):
+        n, seed = (50_000, 0) if split == "train" else (5_000, 1)
+        data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
+    else:
+        raise UserError(f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, latents:PATH, shapes or "
+                        "shapes:full.")
+    if image_size and data.images.shape[-1] != image_size:
+        data = data._replace(images=resize(data.images, [image_size, image_size], antialias=True))
+    return data
+
+
+def download(kind, name, split):
     try:
-        net_class = MODELS[cfg.model]
-        net = net_class(cfg.image_size, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
+        kind("data", split == "train", download=True)
+    except (OSError, RuntimeError) as e:            # URLError is an OSError
+        raise UserError(f"{name} is not in ./data and could not be downloaded ({e}): go online, or use "
+                        "--data shapes (built in) or --data folder:PATH (images of yours).")
+
+
+def load_cifar(name, split):
+    """CIFAR-10 or -100 from ./data, downloaded by the first process if it is not there. Raises UserError."""
+    kind = getattr(torchvision.datasets, name.upper())
+    from_first(lambda: download(kind, name, split))
+    found = kind("data", split == "train", download=False)
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return Data(images, torch.tensor(found.targets), None, found.classes)
+
+
+# a folder of images
+
+def folder_of(spec):
+    return Path(spec.removeprefix("folder:")).resolve()
+
+
+def list_folder(root, split):
+    """-> image files, labels, class names, of train/<class>/* and test or val, or of a flat folder."""
+    train = root / "train"
+    test = root / "test" if (root / "test").is_dir() else root / "val"
+    if not train.is_dir():
+        return list_flat_folder(root, split)
+    part = train if split == "train" else test
+    require(part.is_dir(), f"{root} has no {split} images: it needs {split}/<class>/*.")
+    classes = sorted(p.name for p in train.glob("*") if p.is_dir())
+    extra = sorted({p.name for p in test.glob("*") if p.is_dir()} - set(classes))
+    require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
+    index = {name: k for k, name in enumerate(classes)}
+    found = make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True) if classes else []
+    require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
+
+
+def list_flat_folder(root, split):
+    """The same of images that lie in the folder itself: one class, for training alone."""
+    require(root.is_dir() and split == "train",
+            f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
+    files = [p for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+    require(files, f"{root} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    return files, torch.zeros(len(files), dtype=torch.int64), ["image"]
+
+
+def stamp_of(root, files):
+    """What changes when files of a folder do."""
+    stats = [(str(p.relative_to(root)), p.stat()) for p in files]
+    return json.dumps(["upright"] + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+
+
+def open_image(path):
+    """Image file -> RGB, upright where EXIF says how it was held. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))     # 16 bits of grey
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers without a white")
+        image = image.convert("RGB")
+    with suppress(Exception):                       # EXIF that is broken says nothing
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def decode(path, size, skip_bad):
+    """Image file -> its centre, (3, size, size) uint8; None if broken, with skip_bad. Raises UserError."""
+    try:
+        pixels = np.array(ImageOps.fit(open_image(path), (size, size)))
+    except Exception as e:                          # Pillow raises many kinds for broken files
+        require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
+        return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_all(files, size, skip_bad, bar=None):
+    """Image files -> images (N, 3, size, size) uint8, whether they could be read (N,) bool; in parallel."""
+    images = torch.zeros(len(files), 3, size, size, dtype=torch.uint8)
+    good = torch.zeros(len(files), dtype=torch.bool)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda path: decode(path, size, skip_bad), files)
+        for i, image in enumerate(decoded):
+            if image is not None:
+                images[i] = image
+                good[i] = True
+            if bar:
+                bar.update()
+    return images, good
+
+
+def decode_together(files, size, skip_bad, split):
+    """The same, where each process decodes a share and sends it to the others."""
+    rank, world = processes()
+    shares = [slice(r * len(files) // world, (r + 1) * len(files) // world) for r in range(world)]
+    mine = files[shares[rank]]
+    with tqdm(total=len(mine), desc=f"decoding {split}", unit="img", delay=1, disable=rank > 0) as bar:
+        found, good = in_every_process(lambda: decode_all(mine, size, skip_bad, bar))
+    if world == 1:
+        return found, good
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    images[shares[rank]] = found
+    for r, share in enumerate(shares):
+        dist.broadcast(images[share], r, group=patient_group())
+    return images, torch.cat(gather(good))
+
+
+def read_cache(cache, stamp):
+    """-> the images that a cache holds, None where there is none, a damaged one, or one of other files."""
+    with suppress(Exception):                       # a damaged one raises many kinds
+        kept = np.load(cache)
+        if str(kept["stamp"]) == stamp:
+            return torch.from_numpy(kept["images"])
+    return None
+
+
+def load_folder(root, split, size, skip_bad):
+    """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
+    files, labels, classes = in_every_process(lambda: list_folder(root, split))
+    stamp = stamp_of(root, files)
+    cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
+    images = read_cache(cache, stamp)
+    if everywhere(images is not None):
+        return Data(images, labels, None, classes)
+    images, good = decode_together(files, size, skip_bad, split)
+    if good.all():
+        if processes()[0] == 0:
+            write_cache(cache, images, stamp)
+        return Data(images, labels, None, classes)
+    say_left_out(good, root)
+    return Data(images[good], labels[good], None, classes)
+
+
+def say_left_out(good, root):
+    require(good.any(), f"none of the {len(good)} images in {root} can be read: check the files.")
+    if not good.all():
+        say(f"left out {len(good) - int(good.sum())} unreadable images of {root}")
+
+
+def write_cache(cache, images, stamp):
+    try:
+        save_file(cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp))
+    except UserError as e:
+        say(f"these images will be decoded again next time: {e}")
+
+
+# ten shapes without a download, drawn by their signed distance functions
+
+def box(x, y, w, h):          # w, h: half widths
+    return torch.maximum(x.abs() - w, y.abs() - h)
+
+
+def triangle(x, y, r):        # r: radius of the inscribed circle; a side faces down
+    return torch.maximum(-y, x.abs() * 0.75 ** 0.5 + y / 2) - r
+
+
+def star(x, y):               # folded into half a point, then a line from its tip (0, 1.15) to the notch
+    r, a, fifth = torch.hypot(x, y), torch.atan2(x, y), 2 * math.pi / 5
+    a = (torch.remainder(a + fifth / 2, fifth) - fifth / 2).abs()
+    nx, ny = 1.15 - 0.5 * math.cos(fifth / 2), 0.5 * math.sin(fifth / 2)
+    return (nx * r * a.sin() + ny * (r * a.cos() - 1.15)) / math.hypot(nx, ny)
+
+
+SHAPES = {     # signed distance (negative inside) of points to a shape of radius about 1; x right, y up
+    "circle": lambda x, y: torch.hypot(x, y) - 0.9,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.25,
+    "square": lambda x, y: box(x, y, 0.8, 0.8),
+    "bar": lambda x, y: box(x, y, 1.1, 0.32),
+    "triangle": lambda x, y: triangle(x, y + 0.2, 0.58),
+    "cross": lambda x, y: torch.minimum(box(x, y, 1.0, 0.3), box(x, y, 0.3, 1.0)),
+    "star": star,
+    "heart": lambda x, y: torch.minimum(torch.hypot(x.abs() - 0.48, y - 0.25) - 0.55,
+                                        torch.maximum(0.75 * x.abs() - 0.66 * y - 0.7, y - 0.25)),
+    "moon": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.85 - torch.hypot(x - 0.55, y)),
+    "arrow": lambda x, y: torch.minimum(torch.maximum(triangle(x, y - 0.3, 0.45), -y),
+                                        box(x, y + 0.5, 0.25, 0.6)),
+}
+COLOURS = torch.tensor([[1, .2, .2], [.2, .9, .2], [.3, .45, 1], [1, .9, .2],
+                        [1, .3, .9], [.2, .9, .9], [1, .6, .15], [.95, .95, .95]])
+
+
+def uniform(g, low, high, *shape):
+    return low + (high - low) * torch.rand(*shape, generator=g)
+
+
+def draw_shapes(n, seed, size, full=False):
+    """-> images (n, 3, size, size) uint8, labels (n,), masks (n, size, size) uint8, class names.
+
+    The same for a seed. Image i is of class i mod 10; its mask is k + 1 inside a shape of class k, 0 around
+    it. By default bright on dark and almost upright, easy to draw; full: free in colour, size, place, turn
+    and texture.
+    """
+    g = torch.Generator().manual_seed(seed)
+    radius = uniform(g, 0.3 if full else 0.55, 0.75, n, 1, 1)
+    cx, cy = uniform(g, -1, 1, 2, n, 1, 1) * ((1 - radius) * 0.8 if full else 0.15)
+    turn = uniform(g, -1, 1, n, 1, 1) * math.radians(180 if full else 17)
+    colour = uniform(g, 0, 1, n, 3) if full else COLOURS[torch.randint(8, (n,), generator=g)]
+    ground = uniform(g, 0, 1, n, 3) if full else torch.full((n, 3), 0.11)
+    rough = torch.tensor([0.2, 0.2] if full else [0.05, 0]).view(2, 1, 1, 1, 1)
+    texture = uniform(g, -1, 1, 2, n, 3, 4, 4) * rough                       # of ground and shape
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    masks = torch.empty(n, size, size, dtype=torch.uint8)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    for k, distance in enumerate(SHAPES.values()):
+        i = slice(k, None, len(SHAPES))                                      # m = n / 10 images
+        x = (axis - cx[i]) / radius[i]
+        y = (-axis[:, None] - cy[i]) / radius[i]
+        cos, sin = turn[i].cos(), turn[i].sin()
+        d = distance(x * cos + y * sin, y * cos - x * sin)                   # (m, size, size)
+        d = d * radius[i] * size / 2                                         # in pixels
+        back = ground[i, :, None, None] + F.interpolate(texture[0, i], size=(size, size), mode="bilinear")
+        front = colour[i, :, None, None] + F.interpolate(texture[1, i], size=(size, size), mode="bilinear")
+        inside = (0.5 - d).clamp(0, 1)[:, None]                              # anti-aliased
+        image = back + (front - back) * inside                               # (m, 3, size, size)
+        images[i] = (image.clamp(0, 1) * 255).round().byte()
+        masks[i] = (d < 0) * (k + 1)
+    return images, torch.arange(n) % len(SHAPES), masks, list(SHAPES)
+
+
+# --- latents: images, encoded once by a frozen VAE ----------------------------------------------------------
+
+VAE_PIXELS = 16 * 256 ** 2          # that a VAE works on at a time
+
+
+def load_vae(name, device):
+    """A frozen autoencoder of diffusers, by its name on the hub or its folder. Raises UserError."""
+    try:
+        from diffusers import AutoModel
+        vae = AutoModel.from_pretrained(name, low_cpu_mem_usage=False)
+    except ImportError:
+        raise UserError("latents need diffusers, which is not installed: pip install diffusers")
+    except Exception as e:                          # no network, no such folder, another kind of model ...
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"{name} is no autoencoder that can be loaded ({why}): name one of the hub, while "
+                        "online, or the folder of one.")
+    vae = vae.to(device).eval().requires_grad_(False)
+    require(encodes_images(vae), f"{name} is an {type(vae).__name__}, which does not encode images: use an "
+                                 "AutoencoderKL, AutoencoderTiny or AutoencoderDC.")
+    return vae
+
+
+def encodes_images(vae):
+    """Is an image of so many pixels a latent of the size that its config promises?"""
+    try:
+        side = 64
+        image = torch.zeros(1, vae.config.in_channels, side, side, device=vae.device)
+        return to_latents(vae, image).shape[2:] == (side // scale_of(vae), side // scale_of(vae))
+    except Exception:                               # of video, of sound, no autoencoder at all: many kinds
+        return False
+
+
+def scale_of(vae):
+    """How many pixels of an image make one of its latent, along a side: a halving between two widths."""
+    widths = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1)
+
+
+@torch.no_grad()
+def to_latents(vae, x):
+    """Images x (N, C, H, W) in [-1, 1] -> latents (N, c, h, w); the mean where they are a distribution."""
+    out = vae.encode(x)
+    if hasattr(out, "latent_dist"):                 # AutoencoderKL
+        return out.latent_dist.mean
+    return out.latents if hasattr(out, "latents") else out.latent            # AutoencoderTiny, AutoencoderDC
+
+
+def vae_of(meta, device):
+    """The VAE of latents, where it can be loaded; else None, and one line says so. None for images."""
+    if meta is None:
+        return None
+    try:
+        return load_vae(meta["vae"], device)
+    except UserError as e:
+        say(f"latents will not be decoded: {e}")
+        return None
+
+
+def moments_of(meta, device):
+    """Mean and standard deviation of latents (2, C, 1, 1); None for images."""
+    if meta is None:
+        return None
+    return torch.tensor([meta["mean"], meta["std"]], device=device)[..., None, None]
+
+
+def to_x0(images, moments):
+    """Images (N, C, H, W) as stored -> what the network sees: in [-1, 1], or latents of unit variance."""
+    if moments is None:
+        return images.float() / 127.5 - 1
+    return (images.float() - moments[0]) / moments[1]
+
+
+def to_pixels(x, moments, vae):
+    """The way back: x as the network sees it -> images (N, C, H, W) in [-1, 1]; without a VAE, latents."""
+    if moments is None:
+        return x
+    z = x.float() * moments[1] + moments[0]
+    if vae is None:
+        return z
+    batch = max(1, VAE_PIXELS // (scale_of(vae) ** 2 * z[0, 0].numel()))
+    return torch.cat([vae.decode(some).sample.float() for some in z.split(batch)])
+
+
+def encode(spec, size, name, device, skip_bad=False):
+    """-> the folder of a data set's latents, which is made if it is not there or not of these files.
+
+    <split>/latents.npy (2, N, C, h, w) float16: of all images, then of the flipped images, so that flips in
+    training are true ones; <split>/labels.npy (N,) int64; meta.json: vae, image_size, classes, shape
+    [C, h, w], mean and std of each channel over the training part, and a stamp of files and VAE. It is
+    renamed to its name once it is whole. Each process encodes a share. Raises UserError.
+    """
+    stamp = in_every_process(lambda: stamp_of_latents(spec, size, name, skip_bad))
+    out, whole = from_first(lambda: find_latents(spec, size, name, stamp))
+    if whole:
+        return out
+    vae = in_every_process(lambda: load_vae(name, device))
+    require(size % scale_of(vae) == 0,
+            f"--image-size {size} does not fit {name}: use a multiple of {scale_of(vae)}.")
+    part = from_first(lambda: make_folder(out))
+    try:
+        meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size)
+        for split in ("test", "train"):             # the small one first: its errors cost less
+            try:
+                images, labels, classes = in_every_process(lambda: list_images(spec, split, size, skip_bad))
+            except UserError as e:
+                require(split == "test", str(e))
+                say(f"without a test part, which probes need: {e}")
+                continue
+            sums = encode_split(vae, images, labels, part / split, size)
+        # of the training part: number, sum and sum of squares of each channel
+        number, total, squares = sums
+        mean = total / number
+        std = (squares / number - mean ** 2).sqrt()
+        require((std > 0).all(), f"{name} makes latents that are constant: use another.")
+        shape = list(np.load(part / "train" / "latents.npy", mmap_mode="r").shape[2:])
+        meta |= dict(classes=classes, shape=shape, mean=mean.tolist(), std=std.tolist(), stamp=stamp)
+        from_first(lambda: put_in_place(part, out, meta))
+    finally:
+        if processes()[0] == 0:
+            shutil.rmtree(part, ignore_errors=True)
+    say(f"latents: {out}")
+    return out
+
+
+def stamp_of_latents(spec, size, name, skip_bad):
+    """What changes when the images, the VAE or how they are read do."""
+    parts = [spec, size, skip_bad, name]
+    if Path(name).is_dir():
+        parts.append(stamp_of(Path(name), sorted(p for p in Path(name).iterdir() if p.is_file())))
+    if spec.startswith("folder:"):
+        root = folder_of(spec)
+        for split in ("train", "test"):
+            with suppress(UserError):               # there may be no test part; encode says it of train
+                parts.append(stamp_of(root, list_folder(root, split)[0]))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def find_latents(spec, size, name, stamp):
+    """-> folder for the latents, whether they are there already: beside the data, else under data/."""
+    label = f"{size}px-{re.sub(r'[^A-Za-z0-9]+', '-', Path(name).name)}"
+    places = [Path("data", f"{spec.replace(':', '-')}-{label}")]
+    if spec.startswith("folder:"):
+        root = folder_of(spec)
+        require(root.is_dir(), f"{root} is no folder: name one that holds images.")
+        places = [root.with_name(f"{root.name}-{label}"), Path("data", f"{root.name}-{label}")]
+    for place in places:
+        with suppress(Exception):                   # not there, or not whole
+            if json.loads((place / "meta.json").read_text())["stamp"] == stamp:
+                return place, True
+    for place in places:
+        if can_write_beside(place):
+            require(not place.exists() or (place / "meta.json").exists(),
+                    f"{place} is in the way of the latents and holds none: move it.")
+            return place, False
+    raise UserError(f"neither {places[0].parent} nor data can be written: make one of them writable.")
+
+
+def can_write_beside(place):
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return os.access(place.parent, os.W_OK)
+    return False
+
+
+def make_folder(out):
+    """-> an empty folder beside out, for what is not whole yet; of an encoding that was killed, cleared."""
+    part = Path(f"{out}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def put_in_place(part, out, meta):
+    (part / "meta.json").write_text(json.dumps(meta, indent=1))
+    shutil.rmtree(out, ignore_errors=True)          # latents of other files
+    os.replace(part, out)
+
+
+def list_images(spec, split, size, skip_bad):
+    """-> image files, or images (N, C, size, size) uint8 that are in memory; labels (N,); class names."""
+    if not spec.startswith("folder:"):
+        data = load_data(spec, split, size)
+        return data.images, data.labels, data.classes
+    files, labels, classes = list_folder(folder_of(spec), split)
+    if skip_bad:
+        _, good = decode_all(files, 8, skip_bad)                             # 8 pixels: only to see which
+        say_left_out(good, folder_of(spec))
+        files = [path for path, fine in zip(files, good) if fine]
+        labels = labels[good]
+    return files, labels, classes
+
+
+def encode_split(vae, source, labels, folder, size):
+    """Writes latents.npy and labels.npy into the new folder -> number, sum, sum of squares, each (C,)."""
+    rank, world = processes()
+    start, stop = rank * len(labels) // world, (rank + 1) * len(labels) // world
+    C = vae.config.in_channels
+    require(not torch.is_tensor(source) or source.shape[1] == C,
+            f"the images do not have the {C} channels of the VAE: choose another --vae.")
+    blank = torch.zeros(1, C, size, size, device=vae.device)
+    shape = (2, len(labels), *to_latents(vae, blank).shape[1:])
+    from_first(lambda: make_files(folder, shape, labels))
+    sums = in_every_process(lambda: encode_share(vae, source, folder, start, stop, size))
+    return torch.stack(gather(sums)).sum(0)
+
+
+def make_files(folder, shape, labels):
+    folder.mkdir()
+    np.save(folder / "labels.npy", labels.numpy())
+    np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape=shape).flush()
+
+
+def encode_share(vae, source, folder, start, stop, size):
+    """Encodes images start to stop into latents.npy -> their number, sum, sum of squares (3, C) float64."""
+    latents = np.lib.format.open_memmap(folder / "latents.npy", "r+")
+    batch = max(1, VAE_PIXELS // size ** 2)
+    sums = torch.zeros(3, latents.shape[2], dtype=torch.float64)
+    with tqdm(total=stop - start, desc=f"encoding {folder.name}", unit="img", disable=processes()[0] > 0) as bar:
+        for k in range(start, stop, batch):
+            images = source[k:min(k + batch, stop)]
+            if not torch.is_tensor(images):
+                images, _ = decode_all(images, size, skip_bad=False)
+            x = images.to(vae.device).float() / 127.5 - 1
+            for half, view in enumerate((x, x.flip(3))):
+                z = to_latents(vae, view).half().cpu()                       # (n, C, h, w)
+                require(z.isfinite().all(), "the VAE makes latents that float16 does not hold.")
+                latents[half, k:k + len(z)] = z.numpy()
+                z = z.double()
+                sums += torch.stack([z ** 0, z, z ** 2]).sum((1, 3, 4))
+            bar.update(len(images))
+    latents.flush()
+    return sums
+
+
+def check_meta(meta):
+    """Raises anything where this, of meta.json or a checkpoint, is not what encode writes."""
+    moments = np.array([meta["mean"], meta["std"]])
+    require(moments.shape == (2, meta["shape"][0]), "mean and std do not fit the shape")
+    require(np.isfinite(moments).all() and moments[1].min() > 0, "mean or std cannot be")
+    require(type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
+    check_names(meta["classes"])
+
+
+def check_names(classes):
+    require(type(classes) is list, "classes are no list")
+    require(all(type(name) is str for name in classes), "a class is no name")
+
+
+def load_latents(root, split):
+    """What encode wrote; it stays in its file and is read where it is indexed. Raises UserError."""
+    try:
+        meta = json.loads((root / "meta.json").read_text())
+        check_meta(meta)
+        both = np.load(root / split / "latents.npy", mmap_mode="r")
+        labels = np.load(root / split / "labels.npy")
+        require(both.dtype == np.float16 and both.shape == (2, len(labels), *meta["shape"]),
+                f"latents.npy, {both.dtype} {both.shape}, does not fit meta.json or labels.npy")
+        require(labels.dtype == np.int64 and labels.ndim == 1, "labels.npy is not (N,) int64")
+        require(0 <= labels.min() and labels.max() < len(meta["classes"]), "a label has no class")
+    except Exception as e:                          # a file that is damaged raises many kinds
+        raise UserError(f"{root} has no whole latents for {split} ({type(e).__name__}: {e}): make them anew "
+                        "with --vae.")
+    with warnings.catch_warnings():                 # torch says that it could not write there; it does not
+        warnings.simplefilter("ignore")
+        both = torch.from_numpy(both)
+    return Data(both[0], torch.from_numpy(labels), None, meta["classes"], both, meta)
+
+
+# --- device and run tools -----------------------------------------------------------------------------------
+
+def setup(name=None):
+    """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    usable = [kind for kind in there if there[kind]]
+    name = name or usable[0]
+    require(name in usable, f"--device {name} is not there: use {', '.join(usable)}.")
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    return device, *processes()
+
+
+def processes():
+    """-> rank of this process, how many there are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+@functools.cache
+def patient_group():
+    """For what may take hours in one process while the others wait: data. Elsewhere minutes mean a fault."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def gather(value):
+    """-> the values of all processes, in order."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=patient_group())
+    return values
+
+
+def everywhere(ok):
+    """Is this so in every process?"""
+    return all(gather(ok))
+
+
+def in_every_process(work):
+    """What work() gives; where it fails in one process, all end with its sentence. Raises UserError."""
+    result, error = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as e:
+        error = str(e)
+    for wrong in gather(error):
+        require(wrong is None, wrong)
+    return result
+
+
+def from_first(work):
+    """What work() gives in the first process, which alone does it. Raises UserError in all."""
+    rank, _ = processes()
+    result = in_every_process(work if rank == 0 else lambda: None)
+    return gather(result)[0]
+
+
+def command(body):
+    """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
+    def main(argv=None):
+        before = {number: signal.getsignal(number) for number in STOPS}
+        try:
+            body(argv)
+        except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
+            say(f"error: {e}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) != handler:
+                    signal.signal(number, handler)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+                patient_group.cache_clear()
+    return main
+
+
+def pick_autocast(name, device):
+    """-> a maker of autocast contexts, its dtype. What does not work here gives way to fp32, said once."""
+    if name is None and device.type == "cuda":      # below capability 8, bf16 is only emulated
+        name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    if dtype is None:
+        return nullcontext, None
+    try:
+        with torch.autocast(device.type, dtype):
+            torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+    except Exception as e:
+        say(f"{name} does not work on {device} ({e}): going on in fp32")
+        return nullcontext, None
+    # no cache: each weight is used once, and CUDA graphs forbid it
+    return lambda: torch.autocast(device.type, dtype, cache_enabled=False), dtype
+
+
+STOPS = signal.SIGTERM, signal.SIGINT
+
+
+def collect_stops():
+    """-> a list; from now on SIGTERM and Ctrl-C are put there. A second Ctrl-C ends the process at once."""
+    asked = []
+
+    def ask(number, frame):                         # SIGTERM may come twice: torchrun passes it on
+        asked.append(int(number))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:          # as of a job in the background
+            signal.signal(number, ask)
+    return asked
+
+
+def resume_command():
+    """The command line that goes on with this run of train.py."""
+    start = sys.orig_argv
+    if "RANK" in os.environ:
+        start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", *sys.argv]
+    if "--resume" not in start:
+        start = [*start, "--resume"]
+    return shlex.join(start)
+
+
+def save_file(path, write):
+    """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({e}), it is as it was: make room, go on (train: --resume).")
+
+
+def mix(*numbers):
+    """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seeded_noise(seeds, shape):
+    """-> a function that gives the next noise (n, *shape), each image from a CPU generator of its own seed.
+
+    So image i is the same for any batch size, number of processes and device, as in EDM (arXiv 2206.00364).
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def to_uint8(x):
+    """Images (N, C, H, W) in [-1, 1] -> uint8 on the CPU."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
+
+
+def save_grid(images, file, columns):
+    """Images (N, C, H, W) in [-1, 1] -> a PNG file, row by row; small ones are enlarged for the eye."""
+    zoom = max(1, 64 // images.shape[-1])
+    tiles = to_uint8(images).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    grid = make_grid(tiles, nrow=columns, padding=4, pad_value=255)
+    to_pil_image(grid).save(file, format="PNG")
+
+
+# --- checkpoint ---------------------------------------------------------------------------------------------
+
+def build(cfg, shape, num_classes, device):
+    """-> network for images of this shape (C, H, W) on the device, diffusion. Raises UserError."""
+    channels, side, _ = shape
+    net_class = MODELS[cfg.model]
+    try:
+        net = net_class(side, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
     except (ValueError, RuntimeError, MemoryError, OverflowError) as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
-    if cfg.distill:                                        # last: the rest starts as it does without
-        net.projector = projector(net)
+    if cfg.distill:                                 # last: the rest starts as it does without
+        net.projector = make_projector(net)
     net = net.to(device, memory_format=LAYOUT[device.type])
-    for m in net.modules():
-        if type(m) is nn.GroupNorm and device.type == "cuda":
-            m.__class__ = GroupNorm
     return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
 
-def compile_parts(net):
-    """Compile a network block by block, in place, so that parameters keep their names."""
-    torch._dynamo.config.recompile_limit = 64              # all blocks of a class share it, one graph a width
-    for part in net.parts:
-        part.compile()
+
+def read_checkpoint(path):
+    """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "shape" not in state and "channels" in state:
+            raise UserError("it is of an older version of this code")
+        cfg = Config(**state["config"])
+        check_checkpoint(cfg, state)
+    except Exception as e:                          # torch raises many kinds
+        why = str(e) if isinstance(e, UserError) else type(e).__name__
+        raise UserError(f"{path} is no whole checkpoint ({why}): restore a copy or train anew.")
+    return {**state, "path": path, "config": cfg}
+
+
+def check_checkpoint(cfg, state):
+    """Raises anything where a value of a checkpoint is none that train.py writes."""
+    for f in fields(Config):
+        value, choices = getattr(cfg, f.name), f.metadata["choices"]
+        require(type(value) in (f.type, type(f.default)), f"{f.name} {value!r} has the wrong type")
+        require(value is None or not choices or value in choices, f"{f.name} {value!r} is unknown")
+    require(cfg.size in MODELS[cfg.model].SIZES, f"size {cfg.size!r} is unknown")
+    for name in ("images", "loss_count"):
+        require(type(state[name]) is int and state[name] >= 0, f"{name} {state[name]!r} cannot be")
+    require(state["images"] % cfg.batch_size == 0, "it was saved within a step")
+    require(all(type(loss) is float for loss in state["loss_sums"]), "a loss is no number")
+    require(len(state["loss_sums"]) == 2, "there are two losses")
+    shape = state["shape"]
+    require(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), f"shape {shape!r} cannot be")
+    check_names(state["classes"])
+    require(state["num_classes"] == (len(state["classes"]) if cfg.conditional else 0),
+            "the number of classes does not fit")
+    if state["latents"] is not None:
+        check_meta(state["latents"])
+    require(state["ema"], "it has no weights")
+
+
+def restore(state, **parts):
+    """Load state[name] into each part. Raises UserError where it does not fit."""
+    try:
+        for name, part in parts.items():
+            if name == "optimizer":
+                restore_optimizer(state[name], part)
+            elif state[name]:                       # a GradScaler that was off has nothing to say
+                part.load_state_dict(state[name])
+    except Exception as e:                          # torch raises many kinds
+        raise UserError(f"{state['path']} does not fit the network ({type(e).__name__}): use its own code.")
+
+
+def restore_optimizer(saved, optimizer):
+    """Its moments; its settings are those of the code."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    for p, s in optimizer.state.items():
+        shapes = [s[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+        require(shapes == [(), p.shape, p.shape] and s["step"] >= 0, "another optimizer")
+
+
+def load_run(folder, device):
+    """Run folder -> checkpoint dict, EMA network in eval mode, diffusion. Raises UserError."""
+    path = Path(folder) / "checkpoint.pt"
+    require(path.exists(), f"{path} does not exist: give the folder of a run of train.py.")
+    state = read_checkpoint(path)
+    net, diffusion = build(state["config"], state["shape"], state["num_classes"], device)
+    restore(state, ema=net)
+    return state, net.eval().requires_grad_(False), diffusion
+
+
+# --- the loop: its parts ------------------------------------------------------------------------------------
 
 class Batches:
     """The batch of a step: a pure function of (seed, step), however many processes share it.
@@ -154,27 +968,34 @@ class Batches:
     """
 
     def __init__(self, data, cfg, T, device, rank=0, world=1):
-        images = data.both.flatten(0, 1) if data.meta else data.images       # latents: 2 N
+        images = data.images
+        if data.meta:
+            images = data.both.flatten(0, 1)        # 2 N: latents of images, then of flipped images
         resident = cfg.resident
         if resident is None:
             resident = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        self.images, self.labels = (x.to(device) if resident else x for x in (images, data.labels))
+        self.images = images.to(device) if resident else images
+        self.labels = data.labels.to(device) if resident else data.labels
         self.resident, self.moments = resident, moments_of(data.meta, device)
         self.cfg, self.T, self.K, self.device = cfg, T, len(data.classes), device
         self.mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
-        self.pool, self.ahead = None if resident else ThreadPoolExecutor(1), {}
+        self.pool = None if resident else ThreadPoolExecutor(1)
+        self.ahead = {}                             # step -> what the pool fetches for it
 
     def fetch(self, step):
+        """Images and labels of this process as they are stored, drawn without replacement."""
+        B = self.cfg.batch_size
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
-        i = torch.randperm(len(self.labels), generator=g)[:self.cfg.batch_size][self.mine]
-        j = i                                              # of latents, half are those of the flipped images
-        if self.moments is not None:
-            j = i + len(self.labels) * (torch.rand(self.cfg.batch_size, generator=g)[self.mine] < 0.5)
+        i = torch.randperm(len(self.labels), generator=g)[:B][self.mine]
+        j = i
+        if self.moments is not None:                # half are the latents of flipped images
+            j = i + len(self.labels) * (torch.rand(B, generator=g)[self.mine] < 0.5)
         if self.resident:
             i, j = self.send(i), self.send(j)
         return self.pin(self.images[j]), self.pin(self.labels[i])
 
-    def pin(self, x):                                      # where the GPU fetches it while the host goes on
+    def pin(self, x):
+        """Where the GPU fetches it while the host goes on."""
         return x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
 
     def send(self, x):
@@ -184,24 +1005,151 @@ class Batches:
         x, y = self.ahead.pop(step).result() if step in self.ahead else self.fetch(step)
         if self.pool:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
-        x, y = self.send(x), self.send(y)
-        x0 = to_x0(x, self.moments).to(memory_format=LAYOUT[self.device.type])
-        g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 1))
-        B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
+        x0 = to_x0(self.send(x), self.moments).to(memory_format=LAYOUT[self.device.type])
+        y = self.send(y)
+        B = self.cfg.batch_size
+        on = dict(generator=torch.Generator(self.device), device=self.device)
+        on["generator"].manual_seed(mix(self.cfg.seed, step, 1))
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
         t = torch.randint(self.T, (B,), **on)[self.mine]
-        noise = torch.randn(B, *x.shape[1:], **on)[self.mine]
+        noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
-        y = torch.where(drop, self.K, y) if self.cfg.conditional else None
-        return x0 if self.moments is not None else torch.where(flip, x0.flip(3), x0), t, noise, y
+        if self.moments is None:
+            x0 = torch.where(flip, x0.flip(3), x0)
+        return x0, t, noise, torch.where(drop, self.K, y) if self.cfg.conditional else None
 
     def noisy_view(self, x0, step, diffusion):
         """Another view of each image, with a little noise: x_t, t. A function of (seed, step) as well."""
-        g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, step, 0, 1))
-        B, on = self.cfg.batch_size, dict(generator=g, device=self.device)
-        u, t = torch.rand(B, 4, **on)[self.mine], torch.randint(TEACHER_T, (B,), **on)[self.mine]
+        B = self.cfg.batch_size
+        on = dict(generator=torch.Generator(self.device), device=self.device)
+        on["generator"].manual_seed(mix(self.cfg.seed, step, 0, 1))
+        u = torch.rand(B, 4, **on)[self.mine]
+        t = torch.randint(TEACHER_T, (B,), **on)[self.mine]
+        noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
         view = augment(x0, u).to(memory_format=LAYOUT[self.device.type])
-        return diffusion.add_noise(view, t, torch.randn(B, *x0.shape[1:], **on)[self.mine]), t
+        return diffusion.add_noise(view, t, noise), t
+
+
+class Meter:
+    """Losses since the last record: their sums over the steps, on the device, and the largest gradient norm."""
+
+    def __init__(self, device, images, sums=(0.0, 0.0), steps=0):
+        self.denoising, self.distillation = torch.tensor(sums, device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = steps
+        self.images, self.time = images, time.time()             # where it starts
+
+    def means(self):
+        """-> mean denoising loss, mean distillation loss, over all processes, and the norm. Waits for the device."""
+        losses = torch.stack([self.denoising, self.distillation])
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+            losses = losses / dist.get_world_size()
+        denoising, distillation = (losses / max(self.steps, 1)).tolist()
+        return denoising, distillation, self.norm.item()
+
+
+@dataclass
+class Run:
+    """A network in training: what a step reads and changes."""
+    cfg: Config
+    data: Data
+    device: torch.device
+    rank: int
+    world: int
+    net: torch.nn.Module
+    ema: torch.nn.Module
+    model: torch.nn.Module          # net as a step calls it: as a Student, where it distils; in DDP, where it is
+    diffusion: GaussianDiffusion
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler    # of fp16; else it is off
+    autocast: object                # makes the context of mixed precision
+    batches: Batches
+    meter: Meter
+    images: int = 0                 # seen so far
+
+    @property
+    def share(self):
+        """Images of a step in this process."""
+        return self.cfg.batch_size // self.world
+
+    @property
+    def micro(self):
+        """Images of a forward pass."""
+        return self.cfg.micro_batch or self.share
+
+    @property
+    def num_classes(self):
+        return len(self.data.classes) if self.cfg.conditional else 0
+
+
+def prepare(cfg, data, device, rank=0, world=1, state=None):
+    """-> Run at its start, or as the checkpoint dict state left it."""
+    torch.manual_seed(mix(cfg.seed))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    num_classes = len(data.classes) if cfg.conditional else 0
+    net, diffusion = build(cfg, data.images.shape[1:], num_classes, device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=device.type == "cuda")
+    autocast, dtype = pick_autocast(cfg.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    model = Student(net) if cfg.distill else net
+    batches = Batches(data, cfg, diffusion.T, device, rank, world)
+    run = Run(cfg, data, device, rank, world, net, ema, model, diffusion, optimizer, scaler, autocast, batches,
+              Meter(device, 0))
+    if state:
+        restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
+        run.images = state["images"]
+        run.meter = Meter(device, run.images, state["loss_sums"], state["loss_count"])
+    if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
+        make_fast(run)
+    elif cfg.compile:
+        say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
+    if dist.is_initialized():
+        run.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return run
+
+
+def compile_parts(net):
+    """Compile a network block by block, in place, so that parameters keep their names."""
+    torch._dynamo.config.recompile_limit = 64       # all blocks of a class share it, one graph a width
+    for part in net.parts:
+        part.compile()
+
+
+def make_fast(run):
+    """Compiled blocks, and the model's forward and backward pass as CUDA graphs.
+
+    A step has up to 2,000 kernels, more than the host launches in time; a graph launches them all.
+    """
+    say("compiling: the first time it takes up to minutes, later it comes from a cache")
+    compile_parts(run.net)
+    if run.cfg.distill:
+        compile_parts(run.ema)
+    shape = run.data.images.shape[1:]
+    x = torch.zeros(run.micro, *shape, device=run.device).to(memory_format=LAYOUT["cuda"])
+    t = torch.zeros(run.micro, dtype=torch.int64, device=run.device)
+    with run.autocast():
+        torch.cuda.make_graphed_callables(run.model, (x, t, t.clone()) if run.num_classes else (x, t))
+    for w in run.net.parameters():                  # else w.grad would be memory of the graph
+        w.grad = torch.zeros_like(w)
+
+
+def learning_rate(cfg, images):
+    """Rises over --warmup, then falls linearly to 1 % at --decay, if that is given."""
+    rise = min(1, images / cfg.warmup)
+    fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
+    return cfg.lr * rise * fall
+
+
+def distill_weight(cfg, images):
+    """--distill; it falls linearly to 0 at --distill-images, if that is given."""
+    if not cfg.distill:
+        return 0.0
+    return cfg.distill * max(1 - images / cfg.distill_images, 0) if cfg.distill_images else cfg.distill
+
 
 @torch.no_grad()
 def update_ema(ema, net, cfg, images):
@@ -209,272 +1157,244 @@ def update_ema(ema, net, cfg, images):
     beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * images))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
-def read_checkpoint(path):
-    """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
-    try:
-        state = {"latents": None, **torch.load(path, map_location="cpu", weights_only=True)}
-        cfg, meta, classes = Config(**state["config"]), state["latents"], state["classes"]
-        right = [type(state[x]) is int and state[x] >= 0 for x in ("images", "loss_count", "channels")]
-        for f in fields(Config):
-            value, choices = getattr(cfg, f.name), f.metadata["choices"]
-            right += [type(value) in (f.type, type(f.default)), not choices or value in [*choices, None]]
-        right += [cfg.size in MODELS[cfg.model].SIZES, type(classes) is list, state["ema"],
-                  state["images"] % cfg.batch_size == 0, all(type(name) is str for name in classes),
-                  state["num_classes"] == len(classes) * cfg.conditional, meta is None or right_meta(meta),
-                  len(state["loss_sum"]) == 1 + bool(cfg.distill)]
-        require(all(right), "a value that cannot be")
-        return {**state, "path": path, "config": cfg, "loss_sum": [float(x) for x in state["loss_sum"]]}
-    except Exception as e:
-        raise UserError(f"{path} is no whole checkpoint ({type(e).__name__}): restore a copy or train anew.")
 
-def restore(state, **parts):
-    """Load state[name] into each part. Raises UserError where it does not fit."""
-    try:
-        for name, part in parts.items():
-            if name == "optimizer":                 # its settings are those of the code
-                part.load_state_dict({**part.state_dict(), "state": state[name]["state"]})
-                for p, s in part.state.items():
-                    shapes = [s[x].shape for x in ("step", "exp_avg", "exp_avg_sq")]
-                    require(shapes == [(), p.shape, p.shape] and s["step"] >= 0, "another optimizer")
-            elif state[name]:                       # a GradScaler that was off has nothing to say
-                part.load_state_dict(state[name])
-    except Exception as e:                          # torch raises many kinds
-        raise UserError(f"{state['path']} does not fit the network ({type(e).__name__}): use its own code.")
+def all_keys(run, x0, step):
+    """What the teacher says of another view of each image of the whole batch, (B, 128)."""
+    with run.autocast():
+        keys = teacher_keys(run.ema, *run.batches.noisy_view(x0, step, run.diffusion), run.micro)
+    if not dist.is_initialized():
+        return keys
+    every = [torch.empty_like(keys) for _ in range(run.world)]
+    dist.all_gather(every, keys)
+    return torch.cat(every)
 
-def load_run(folder, device):
-    """Run folder -> checkpoint dict, EMA network in eval mode, diffusion. Raises UserError."""
-    path = Path(folder) / "checkpoint.pt"
-    require(path.exists(), f"{path} does not exist: give the folder of a run of train.py.")
-    state = read_checkpoint(path)
-    net, diffusion = build(state["config"], state["channels"], state["num_classes"], device)
-    restore(state, ema=net)
-    return state, net.eval().requires_grad_(False), diffusion
 
-def report(cfg, speed, flops, ready, world, chip, dtype):
-    """What --bench says: images/s, FLOPs per image, seconds to the first step."""
-    rate, memory = speed * flops / 1e12, torch.cuda.max_memory_allocated() / 1e9       # TFLOP/s, GB
-    peak = [world * value for name, value in PEAK.items() if name in chip and dtype]
-    say(f"{cfg.model} {cfg.size}, batch {cfg.batch_size}, {world} x {chip}, {dtype or torch.float32}, "
-        f"{VERSIONS}\n{speed:,.0f} images/s, {1000 * cfg.batch_size / speed:.1f} ms a step\n"
-        f"{flops / 1e9:.2f} GFLOPs an image: {rate:.2f} TFLOP/s"
-        + "".join(f", {100 * rate / value:.0f} % of the {value} that the device can do" for value in peak)
-        + f"\n{ready:.1f} s from the start to the end of the first step"
-        + f"\n{memory:.1f} GB of the device's memory" * (memory > 0))
+def train_step(run, step):
+    """Forward and backward pass over a batch, and a step of the optimiser; the losses go into run.meter."""
+    cfg, diffusion = run.cfg, run.diffusion
+    x0, t, noise, y = run.batches(step)
+    torch.manual_seed(mix(cfg.seed, step, 2 + run.rank))         # dropout follows (seed, step) too
+    weight = distill_weight(cfg, run.images)
+    if weight > 0:                                  # at 0 the teacher costs nothing
+        keys = all_keys(run, x0, step)
+    for i in range(0, run.share, run.micro):
+        part = slice(i, i + run.micro)
+        last = part.stop == run.share               # only then DDP sends gradients
+        given = [diffusion.add_noise(x0[part], t[part], noise[part]), t[part]]
+        if y is not None:
+            given.append(y[part])
+        with nullcontext() if last or run.world == 1 else run.model.no_sync(), run.autocast():
+            if cfg.distill:
+                out, p = run.model(*given)
+                if weight > 0:
+                    own = run.rank * run.share + i + torch.arange(run.micro, device=run.device)
+                    apart = contrast(p, keys, own)
+                else:
+                    apart = 0 * p.sum(1)            # DDP waits for a gradient of every parameter
+                # the more of an image is left, the more its z can know
+                distillation = (diffusion.abar[t[part]] * apart).sum() / run.share
+            else:
+                out = run.model(*given)
+                distillation = torch.zeros((), device=run.device)
+            denoising = diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
+            run.scaler.scale(denoising + weight * distillation).backward()
+        run.meter.denoising += denoising.detach()
+        run.meter.distillation += distillation.detach()
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), CLIP)
+    if not run.scaler.is_enabled():                 # fp16 leaves out a step that is not finite
+        run.meter.norm = torch.maximum(run.meter.norm, norm)     # NaN stays NaN
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=False)
+    run.meter.steps += 1
 
-# --- the loop ---
 
-def train(cfg):
-    if cfg.bench:                                          # one record to warm up, three to measure
-        cfg.images, cfg.minutes, cfg.data = 4 * LOG_STEPS * cfg.batch_size, None, "random"
-        cfg.save_every = cfg.sample_every = sys.maxsize    # never
-    out, path, log = (Path(cfg.out) / name for name in ("", "checkpoint.pt", "log.jsonl"))
-    device, rank, world = setup(cfg.device)
-    first, ddp, share = rank == 0, dist.is_initialized(), cfg.batch_size // world     # share: of this process
-    micro = cfg.micro_batch or share
+def finite_means(run, path):
+    """-> mean denoising loss, mean distillation loss since the last record. Raises UserError: not finite."""
+    *losses, norm = run.meter.means()
+    require(all(map(math.isfinite, [*losses, norm])),
+            f"the loss is not finite between {run.meter.images} and {run.images} images, {path} is from "
+            "before: lower --lr.")
+    return losses
 
-    # whatever can be wrong is found before anything is written
+
+def save(run, path):
+    """Writes the checkpoint; a state that is not finite is never saved. Raises UserError."""
+    losses = finite_means(run, path)
+    if run.rank > 0:
+        return
+    state = dict(step=run.images // run.cfg.batch_size, images=run.images, config=asdict(run.cfg),
+                 model=run.net.state_dict(), ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
+                 scaler=run.scaler.state_dict(), loss_sums=[x * run.meter.steps for x in losses],
+                 loss_count=run.meter.steps, shape=list(run.data.images.shape[1:]),
+                 num_classes=run.num_classes, classes=run.data.classes, latents=run.data.meta)
+    save_file(path, lambda file: torch.save(state, file))
+
+
+def draw(run, vae, path):
+    """A grid of 8 rows of samples, a column a class, at most 10; of latents, where there is their VAE."""
+    if run.rank > 0 or (run.data.meta and not vae):
+        return
+    K = run.num_classes
+    columns = min(K, 10) or 8
+    noise = seeded_noise(range(8 * columns), run.data.images.shape[1:])().to(run.device)
+    y, guidance = None, 1.0
+    if K:
+        y, guidance = torch.arange(columns, device=run.device).repeat(8), GUIDANCE
+    with run.autocast(), torch.compiler.set_stance("force_eager"):
+        x = run.diffusion.sample(run.ema, noise, y, null=K, guidance=guidance, clip=vae is None)
+    x = to_pixels(x, moments_of(run.data.meta, run.device), vae)
+    save_file(path, lambda file: save_grid(x, file, columns))
+
+
+def start_log(run, out, resumed):
+    """Writes config.json and the first line of log.jsonl, or keeps the records up to the checkpoint."""
+    if run.rank > 0:
+        return
+    config = asdict(run.cfg)
+    save_file(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True).stdout.strip()
+    head = dict(config=config, parameters=sum(p.numel() for p in run.net.parameters()),
+                device=f"{run.world} x {run.device} {chip(run.device)}", versions=VERSIONS, commit=commit)
+    lines = [json.dumps(head)]
+    log = out / "log.jsonl"
+    if resumed and log.exists():
+        whole = re.finditer(r'^(?:{"images": (\d+), .*}|{"config": .*})$', log.read_text(errors="replace"), re.M)
+        lines = [line[0] for line in whole if int(line[1] or 0) <= run.images]
+    text = "".join(line + "\n" for line in lines)
+    save_file(log, lambda file: file.write(text.encode()))
+    for part in out.glob("*.part"):                 # of a run that was killed
+        part.unlink()
+
+
+def chip(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def log(run, out, lr, begun, bar):
+    """Adds a record to log.jsonl and shows it beside the bar; after LOG_STEPS steps the meter starts anew."""
+    denoising, distillation = finite_means(run, out / "checkpoint.pt")
+    now = time.time()
+    record = dict(images=run.images, loss=denoising)
+    if distill_weight(run.cfg, run.images - run.cfg.batch_size) > 0:
+        record["distill"] = distillation
+    record["lr"] = lr
+    record["images_per_second"] = round((run.images - run.meter.images) / (now - run.meter.time), 1)
+    record["seconds"] = round(now - begun, 1)
+    if run.scaler.is_enabled():                     # the steps it left out since the start
+        record["skipped"] = run.images // run.cfg.batch_size - steps_taken(run.optimizer)
+    bar.set_postfix_str(f"loss {denoising:.4f}, {(now - begun) / 60:.1f} of {run.cfg.minutes or '-'} min")
+    if run.rank == 0:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    if run.meter.steps == LOG_STEPS:
+        run.meter = Meter(run.device, run.images)
+
+
+def steps_taken(optimizer):
+    """How many steps AdamW has counted; all its parameters count alike."""
+    for s in optimizer.state.values():
+        return int(s["step"])
+    return 0
+
+
+def stop_requested(run, begun, asked):
+    """-> is the budget spent, by the first process's clock; the signal that any process got, or 0."""
+    seconds = time.time() - begun
+    late = run.rank == 0 and run.cfg.minutes is not None and seconds > 60 * run.cfg.minutes
+    found = torch.tensor([int(late), max(asked, default=0)])
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    late, number = found.tolist()
+    enough = run.cfg.images is not None and run.images >= run.cfg.images
+    return bool(late or enough), number
+
+
+def check_start(cfg, out, world):
+    """What can be found out without the data. Raises UserError."""
+    share = cfg.batch_size // world
     require(cfg.batch_size % world == 0,
             f"--batch-size {cfg.batch_size} is not divisible by the {world} processes: use a multiple.")
-    require(share % micro == 0, f"--micro-batch {micro} does not divide a process's {share}: use a divisor.")
-    require(cfg.resume or cfg.bench or not out.exists() or out.is_dir() and not any(out.iterdir()),
+    require(share % (cfg.micro_batch or share) == 0,
+            f"--micro-batch {cfg.micro_batch} does not divide a process's {share}: use a divisor.")
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(cfg.resume or empty,
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
-    state = read_checkpoint(path) if path.exists() and not cfg.bench else None
-    wrong, load = [None], lambda: load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad)
-    if first:
-        try:
-            data = load()
-        except UserError as e:
-            wrong = [str(e)]
-    if ddp:
-        dist.broadcast_object_list(wrong)                  # all stop, or go on with what the first prepared
-    require(not wrong[0], wrong[0])
-    data = data if first else load()
-    cfg.image_size = data.images.shape[-1]
+
+
+def check_data(cfg, data, state):
+    """Do the data, and the checkpoint that is to go on, fit the flags? Raises UserError."""
     require(cfg.batch_size <= len(data.images),
             f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
     require(len(data.classes) > 1 or not cfg.conditional,
             f"--conditional needs classes, {cfg.data} has one: drop it, or sort them into train/<class>/.")
-    require(not state or state["latents"] == data.meta,
-            f"{path} was trained on other latents than {cfg.data} holds now: choose another --out.")
-    for name, value in asdict(state["config"] if state else cfg).items():
-        require(name in MAY_CHANGE.split() or value == getattr(cfg, name), f"{path} was trained with {name} "
-                f"{value}: resume it with the same flags, or choose another --out.")
+    if not state:
+        return
+    require(state["latents"] == data.meta,
+            f"{state['path']} was trained on other latents than {cfg.data} holds now: choose another --out.")
+    for name, value in asdict(state["config"]).items():
+        require(name in MAY_CHANGE or value == getattr(cfg, name),
+                f"{state['path']} was trained with {name} {value}: resume it with the same flags, or choose "
+                "another --out.")
 
-    # network, its average, optimiser
-    torch.manual_seed(mix(cfg.seed))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
-    channels, num_classes = data.images.shape[1], len(data.classes) * cfg.conditional
-    net, diffusion = build(cfg, channels, num_classes, device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-    autocast, dtype = pick_autocast(cfg.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, images, loss_count = time.time(), 0, 0
-    weights = torch.ones(1 + bool(cfg.distill), device=device)         # of the losses
-    loss_sum = torch.zeros_like(weights)
-    if state:
-        restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
-        images, loss_count = state["images"], state["loss_count"]
-        loss_sum += loss_sum.new_tensor(state["loss_sum"])
-    batches = Batches(data, cfg, diffusion.T, device, rank, world)
-    student = Student(net) if cfg.distill else net
-    if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
-        say("compiling: the first time it takes up to minutes, later it comes from a cache")
-        compile_parts(net)
-        if cfg.distill:
-            compile_parts(ema)
-        # a step has up to 2,000 kernels, more than the host launches in time: CUDA graphs launch them
-        x0 = torch.zeros(micro, channels, cfg.image_size, cfg.image_size, device=device)
-        t = torch.zeros(micro, dtype=torch.int64, device=device)
-        some = x0.to(memory_format=LAYOUT["cuda"]), t, t.clone()
-        with autocast():
-            torch.cuda.make_graphed_callables(student, some if cfg.conditional else some[:2])
-        for w in net.parameters():                         # else w.grad would be memory of the graph
-            w.grad = torch.zeros_like(w)
-    elif cfg.compile:
-        say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
-    model = DistributedDataParallel(student, gradient_as_bucket_view=True) if ddp else student
-    count = sum(p.numel() for p in net.parameters())
 
-    def mean_loss():                                       # since the last log point, over all processes
-        total = loss_sum.clone()
-        if ddp:
-            dist.all_reduce(total)
-        mean = (total / world / max(loss_count, 1)).tolist()
-        require(all(map(math.isfinite, mean)), f"the loss is not finite between {logged} and {images} "
-                                               f"images, {path} is from before: lower --lr.")
-        return mean
+# --- the loop -----------------------------------------------------------------------------------------------
 
-    def save():
-        mean = mean_loss()                                 # a state that is not finite is never saved
-        if first:
-            save_file(path, lambda file: torch.save(dict(
-                step=images // cfg.batch_size, images=images, config=asdict(cfg), model=net.state_dict(),
-                ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                loss_sum=[x * loss_count for x in mean], loss_count=loss_count, channels=channels,
-                num_classes=num_classes, classes=data.classes, latents=data.meta), file))
+def train(cfg):
+    out = Path(cfg.out)
+    path = out / "checkpoint.pt"
+    device, rank, world = setup(cfg.device)
 
-    def draw():
-        if draws:                                          # 8 rows of samples; a column a class, at most 10
-            K, columns = num_classes, min(num_classes, 10) or 8
-            noise = seeded_noise(range(8 * columns), data.images.shape[1:])().to(device)
-            y = torch.arange(columns, device=device).repeat(8) if K else None
-            with autocast(), torch.compiler.set_stance("force_eager"):
-                x = diffusion.sample(ema, noise, y, null=K, guidance=GUIDANCE if K else 1, clip=not vae)
-            x = to_pixels(x, moments_of(data.meta, device), vae)
-            save_file(out / f"samples-{images}.png", lambda file: save_grid(x, file, columns))
-
-    def save_log():
-        save_file(log, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
-
-    def over():      # 0: no; 1: the budget is spent, by the first one's clock; else the signal that one got
-        late = first and time.time() - start > 60 * (cfg.minutes or math.inf)
-        stop = torch.tensor(int(max([late, *asked])))
-        if ddp:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        return 1 if images >= (cfg.images or math.inf) else stop.item()
-
-    writes, vae = first and not cfg.bench, vae_of(data.meta, device) if first else None
-    draws = first and bool(vae) == bool(data.meta)         # sample grids: of latents only with their VAE
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    if writes:
-        git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True)
-        head = dict(config=asdict(cfg), parameters=count, device=f"{world} x {device} {chip}",
-                    versions=VERSIONS, commit=git.stdout.decode().strip())
-        save_file(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=2).encode()))
-        old = log.read_text(errors="replace") if state and log.exists() else json.dumps(head)
-        whole = re.finditer(r'^(?:{"images": (\d+), .*}|{"config": .*})$', old, re.M)
-        lines = [line[0] for line in whole if int(line[1] or 0) <= images]
-        for part in out.glob("*.part"):                                # of a run that was killed
-            part.unlink()
-        save_log()
+    # whatever can be wrong is found before anything is written
+    check_start(cfg, out, world)
+    state = read_checkpoint(path) if path.exists() else None
+    data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad, cfg.vae, device)
+    check_data(cfg, data, state)
+    run = prepare(cfg, data, device, rank, world, state)
+    vae = vae_of(data.meta, device) if rank == 0 else None
+    start_log(run, out, resumed=state is not None)
+    count = sum(p.numel() for p in run.net.parameters())
     say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
-    logged, logged_time = images, time.time()
-    bar = tqdm(total=cfg.images, initial=images, unit="img", unit_scale=True, disable=not first)
-    asked, speeds = [] if cfg.bench else collect_stops(), []
-    done = over()
-    while not done:
-        step = images // cfg.batch_size
-        x0, t, noise, y = batches(step)
-        torch.manual_seed(mix(cfg.seed, step, 2 + rank))               # dropout follows (seed, step) too
-        fall = max(1 - images / (cfg.decay or math.inf), 0.01)
-        optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, images / cfg.warmup) * fall
-        weight = (cfg.distill or 0) * max(1 - images / (cfg.distill_images or math.inf), 0)
-        weights[1:] = weight
-        if weight:                                         # at 0 the teacher costs nothing
-            with autocast():
-                keys = teacher_keys(ema, *batches.noisy_view(x0, step, diffusion), micro)
-        for i in range(0, share, micro):
-            with model.no_sync() if ddp and i + micro < share else nullcontext(), autocast():
-                some = [x if x is None else x[i:i + micro] for x in (x0, t, noise, y)]
-                losses = diffusion.loss(model, *some)                      # (micro,)
-                if cfg.distill:                            # the more of an image is left, the more z can know
-                    losses, p = losses
-                    own = rank * share + i + torch.arange(micro, device=device)
-                    apart = contrast(p, keys, own) if weight else 0 * p.sum(1)     # DDP: p is used
-                    losses = torch.stack([losses, diffusion.abar[some[1]] * apart])
-                loss = losses.view(len(weights), micro).sum(1) / share
-                scaler.scale(loss @ weights).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-        loss_sum += 0 * norm if dtype != torch.float16 else 0          # NaN as it is; in fp16 it is skipped
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=False)
-        images, loss_count = images + cfg.batch_size, loss_count + 1
-        update_ema(ema, net, cfg, images)
-        done = over()
+
+    begun = time.time()
+    run.meter.time = begun
+    asked = collect_stops()
+    bar = tqdm(total=cfg.images, initial=run.images, unit="img", unit_scale=True, disable=rank > 0)
+    spent, signalled = stop_requested(run, begun, asked)
+    while not (spent or signalled):
+        lr = learning_rate(cfg, run.images)
+        run.optimizer.param_groups[0]["lr"] = lr
+        train_step(run, step=run.images // cfg.batch_size)
+        before, run.images = run.images, run.images + cfg.batch_size
+        update_ema(run.ema, run.net, cfg, run.images)
         bar.update(cfg.batch_size)
-        if cfg.bench and images == cfg.batch_size:
-            loss_sum.tolist()                                          # waits for the device
-            ready = time.time() - START
-        if loss_count == LOG_STEPS or done:
-            mean = dict(zip(("loss", "distill")[:1 + (weight > 0)], mean_loss()))      # waits for the device
-            speed, seconds = (images - logged) / (time.time() - logged_time), time.time() - start
-            record = dict(images=images, **mean, lr=lr, images_per_second=round(speed, 1),
-                          seconds=round(seconds, 1))
-            if scaler.is_enabled():                                    # the steps it left out since the start
-                taken = sum(int(s["step"]) for s in list(optimizer.state.values())[:1])
-                record["skipped"] = images // cfg.batch_size - taken
-            bar.set_postfix_str(f"loss {record['loss']:.4f}, {seconds / 60:.1f} of {cfg.minutes or '-'} min")
-            if writes:
-                lines.append(json.dumps(record))
-                save_log()
-            speeds.append(speed)
-            if loss_count == LOG_STEPS:
-                loss_sum, loss_count, logged, logged_time = torch.zeros_like(loss_sum), 0, images, time.time()
-        for every, act in ((cfg.save_every, save), (cfg.sample_every, draw)):
-            if images // every > (images - cfg.batch_size) // every and not done:
-                act()
+        spent, signalled = stop_requested(run, begun, asked)
+        over = spent or signalled
+        if run.meter.steps == LOG_STEPS or over:
+            log(run, out, lr, begun, bar)
+        if run.images // cfg.save_every > before // cfg.save_every and not over:
+            save(run, path)
+        if run.images // cfg.sample_every > before // cfg.sample_every and not over:
+            draw(run, vae, out / f"samples-{run.images}.png")
     bar.close()
-    if cfg.bench:
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, autocast():
-            some = [x if x is None else x[:1] for x in (x0, t, noise, y)]
-            diffusion.loss(ema.requires_grad_(), *some).sum().backward()
-        speed, flops = statistics.median(speeds[1:]), counter.get_total_flops()
-        return report(cfg, speed, flops, ready, world, chip, dtype)
-    save()
-    if done > 1:
-        say(f"stopped by {signal.Signals(done).name} at {images:,} images; checkpoint: {path}; go on with: "
-            f"{resume_command()}")
-        sys.exit(128 + done)                               # as if the signal had ended it: not a success
-    draw()
-    say(f"{images:,} images in {(time.time() - start) / 60:.1f} minutes; checkpoint: {path}; log: {log}; "
-        f"samples: {out / f'samples-{images}.png' if draws else 'not decoded'}")
+
+    save(run, path)
+    if signalled:
+        say(f"stopped by {signal.Signals(signalled).name} at {run.images:,} images; checkpoint: {path}; go on "
+            f"with: {resume_command()}")
+        sys.exit(128 + signalled)                   # as if the signal had ended it: not a success
+    draw(run, vae, out / f"samples-{run.images}.png")
+    samples = out / f"samples-{run.images}.png" if vae or not data.meta else "not decoded"
+    say(f"{run.images:,} images in {(time.time() - begun) / 60:.1f} minutes; checkpoint: {path}; "
+        f"log: {out / 'log.jsonl'}; samples: {samples}")
+
 
 @command
 def main(argv=None):
-    cfg = parse_config(argv)
-    if cfg.encode:
-        device, _, world = setup(cfg.device)
-        require(world == 1, "--encode runs in one process: start it with python, without torchrun.")
-        encode(cfg.data, cfg.encode, cfg.image_size or 256, cfg.vae, device, cfg.skip_bad)
-        return say(f"latents: {cfg.encode}; train on them with --data latents:{cfg.encode}")
-    train(cfg)
+    train(parse_config(argv))
+
 
 if __name__ == "__main__":
     main()
