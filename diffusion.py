@@ -1,5 +1,6 @@
-"""Gaussian diffusion: noise schedules, targets, the training loss, one sampler for DDIM and DDPM; below a line,
-contrastive self-distillation.
+"""Gaussian diffusion: noise schedules, targets, the training loss, one sampler for DDIM and DDPM.
+
+Below a line, contrastive self-distillation.
 
 Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
@@ -92,7 +93,7 @@ class GaussianDiffusion:
         return a * x_t - s * out, s * x_t + a * out
 
     def error(self, out, x0, t, eps):
-        """Mean squared error of the network's answer out, per image (B,): the mean over pixels (DDPM, eq. 14)."""
+        """Mean squared error of the network's answer out, over pixels, per image (B,) (DDPM, eq. 14)."""
         difference = out.float() - self.to_target(x0, t, eps)
         return difference.square().mean((1, 2, 3))
 

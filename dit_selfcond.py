@@ -201,7 +201,7 @@ class DiT(nn.Module):
         return feats[self.bottleneck].float().mean((2, 3))
 
     def encoder(self, x, t, y=None):
-        """Everything up to the bottleneck -> tokens (B, N, D), conditioning c (B, D), features so far."""
+        """Everything up to the bottleneck -> tokens (B, N, D), conditioning c (B, D), features."""
         if y is not None and not self.num_classes:
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         c = self.time_mlp(sinusoid(t, 256).to(x.dtype))                      # (B,) -> (B, 256) -> (B, D)

@@ -298,6 +298,15 @@ def minimise(W, x, truth, share, penalty):
     return W
 
 
+def unstandardise(V, std, mean):
+    """A probe V (K, D + 1) of standardised features -> W (K, D), b (K,) of features h as they came.
+
+    V (h - mean) / std + b = W h + (b - W mean), with W = V / std.
+    """
+    W = V[:, :-1] / std
+    return W, V[:, -1] - W @ mean
+
+
 def fit(features, y, K, penalties):
     """Trains a linear layer for every place and penalty -> for every place {penalty: (W (K, D), b (K,))}.
 
@@ -315,10 +324,8 @@ def fit(features, y, K, penalties):
     found = [{} for _ in features]
     for penalty in penalties:
         W = minimise(W, x, truth, share, penalty)
-        # for features as they came: V (h - mean) / std + b = raw h + (b - raw mean)
         for probes, V, (std, mean) in zip(found, W, moments):
-            raw = V[:, :-1] / std
-            probes[penalty] = raw, V[:, -1] - raw @ mean
+            probes[penalty] = unstandardise(V, std, mean)
     return found
 
 

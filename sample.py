@@ -44,8 +44,9 @@ def parse(argv):
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
-    args.eta = float(args.sampler == "ddpm")
-    args.steps = (1000 if args.sampler == "ddpm" else 50) if args.steps is None else args.steps
+    args.eta = 1.0 if args.sampler == "ddpm" else 0.0
+    if args.steps is None:
+        args.steps = 1000 if args.sampler == "ddpm" else 50
     require(args.n > 0, f"--n {args.n} is not possible: use 1 or more.")
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
     if args.fid:                                    # found out now, not after hours of sampling
@@ -62,49 +63,80 @@ def class_ids(names, classes, conditional):
     require(conditional or not names, "--classes needs a class-conditional run: train with --conditional.")
     if not conditional:
         return None
-    ids = [classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
-           for name in names or classes]
-    some = ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")
-    for name, k in zip(names or classes, ids):
-        require(0 <= k < len(classes),
+    ids = []
+    for name in names or classes:
+        if name in classes:                         # a class may be called 7
+            ids.append(classes.index(name))
+            continue
+        some = ", ".join(classes[:10])
+        if len(classes) > 10:
+            some += " ..."
+        require(name.isdecimal() and int(name) < len(classes),
                 f"--classes {name} is not a class of this run: use 0 to {len(classes) - 1}, or {some}.")
+        ids.append(int(name))
     return ids
 
 
 def draw(args, state, net, diffusion, device, ids, indices, trace=None):
     """What the network draws, (n, C, H, W); index i has seed --seed + i and class ids[i mod K]."""
     cfg = state["config"]
-    shape = state["shape"]
-    draws = seeded_noise([args.seed + i for i in indices], shape)
-
-    def noise(like=None):
-        return draws().to(device)
-    y = torch.tensor([ids[i % len(ids)] for i in indices], device=device) if ids else None
+    next_noise = seeded_noise([args.seed + i for i in indices], state["shape"])
+    y = None
+    if ids:
+        y = torch.tensor([ids[i % len(ids)] for i in indices], device=device)
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     with autocast():
-        return diffusion.sample(net, noise(), y, null=state["num_classes"], steps=args.steps, eta=args.eta,
-                                guidance=args.guidance, randn=noise, trace=trace, clip=not state["latents"])
+        return diffusion.sample(net, next_noise().to(device), y, null=state["num_classes"], steps=args.steps,
+                                eta=args.eta, guidance=args.guidance, clip=not state["latents"],
+                                randn=lambda like: next_noise().to(device), trace=trace)
 
 
-def draw_denoise(trace, file, decode=lambda x: x, columns=10, images=4):
+def draw_share(args, state, net, diffusion, device, ids, decode, rank, world):
+    """The images rank, rank + world, ... of all --n -> uint8, or latents that could not be decoded."""
+    mine = list(range(args.n))[rank::world]
+    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    images = [torch.empty(0, dtype=torch.uint8)]
+    for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
+        # a last batch that is smaller would be compiled anew
+        with torch.compiler.set_stance("default" if len(part) == args.batch_size else "force_eager"):
+            images.append(decode(draw(args, state, net, diffusion, device, ids, part)))
+    return torch.cat(images[1:] or images)
+
+
+def collect(images, n, rank, world):
+    """The shares of all processes -> all n images in their order; None but in the first process."""
+    if world == 1:
+        return images
+    shares = [None] * world if rank == 0 else None
+    dist.gather_object(images, shares)
+    if rank > 0:
+        return None
+    images = images.new_empty(n, *images.shape[1:])
+    for r, share in enumerate(shares[:n]):          # a process beyond the n-th has none
+        images[r::world] = share
+    return images
+
+
+def draw_denoise(trace, file, columns=10):
     """trace of (t, x_t, x0) -> PNG: for each image a row of x_t and one of the predicted x0, step by step."""
     columns = min(columns, len(trace))
-    picked = [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
-    picked = [(t, decode(x), decode(x0)) for t, x, x0 in picked]
-    tiles = [[step[k][j] for step in picked] for j in range(images) for k in (1, 2)]
-    size = max(64, tiles[0][0].shape[-1])
-    left, top, gap = 40, 24, 4
-    picture = Image.new("RGB", (left + len(picked) * (size + gap), top + len(tiles) * (size + gap)), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for column, (t, _, _) in enumerate(picked):
-        pen.text((left + column * (size + gap) + size / 2, top / 2), f"t = {t}", "black", font, "mm")
-    for row, line in enumerate(tiles):
-        y = top + row * (size + gap)
-        pen.text((left / 2, y + size / 2), ("x_t", "x0")[row % 2], "black", font, "mm")
-        for column, tile in enumerate(line):
-            pixels = to_uint8(tile).expand(3, -1, -1).permute(1, 2, 0).numpy()
-            picture.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST),
-                          (left + column * (size + gap), y))
+    steps = [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    count, _, _, side = steps[0][1].shape
+    size, gap, left, top = max(64, side), 4, 40, 24
+    width = left + columns * (size + gap)
+    height = top + 2 * count * (size + gap)
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(14)
+    for column, (t, x_t, x0) in enumerate(steps):
+        x = left + column * (size + gap)
+        pen.text((x + size / 2, top / 2), f"t = {t}", "black", font, "mm")
+        tiles = torch.stack([x_t, x0], dim=1).flatten(0, 1)                  # x_t, x0 of each image in turn
+        for row, tile in enumerate(to_uint8(tiles).expand(-1, 3, -1, -1)):
+            y = top + row * (size + gap)
+            image = Image.fromarray(tile.permute(1, 2, 0).numpy())
+            picture.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y))
+            pen.text((left / 2, y + size / 2), "x0" if row % 2 else "x_t", "black", font, "mm")
     picture.save(file, "PNG")
 
 
@@ -128,61 +160,19 @@ def fid(images, real, weights, device):
     return metrics["frechet_inception_distance"]
 
 
-@command
-def main(argv=None):
-    args = parse(argv)
-    device, rank, world = setup(args.device)
-    state, net, diffusion = load_run(args.run, device)
-    cfg, run = state["config"], Path(args.run)
-    ids = class_ids(args.classes, state["classes"], cfg.conditional)
+def check(args, state, diffusion, ids):
+    """Do the flags fit the run? Fills in --guidance. Raises UserError."""
     if args.guidance is None:
         args.guidance = GUIDANCE if ids else 1.0
     require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
     require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
-    how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
-    meta = state["latents"]
-    require(not meta or not args.fid, "--fid compares with images, and this run was trained on latents: use "
-                                      "--npz, and an FID tool with your images.")
-    vae, moments = vae_of(meta, device), moments_of(meta, device)
+    require(not state["latents"] or not args.fid,
+            "--fid compares with images, and this run was trained on latents: use --npz, and an FID tool "
+            "with your images.")
 
-    def decode(x):
-        return to_pixels(x, moments, vae)
-    require(vae or not meta or not args.denoise, "--denoise draws images, and latents need their VAE.")
-    real = load_data(cfg.data, "train", cfg.image_size).images if args.fid and rank == 0 else None
-    if args.denoise and rank > 0:
-        return
-    if args.denoise:
-        trace = []
-        draw(args, state, net, diffusion, device, ids, range(4), trace)
-        save_file(run / "denoise.png", lambda file: draw_denoise(trace, file, decode))
-        return say(f"{run / 'denoise.png'}: {how}")
 
-    mine = list(range(args.n))[rank::world]
-    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    if args.compile:
-        there = device.type != "cuda" or torch.utils._triton.has_triton()
-        require(there, "--compile needs Triton, which is not installed: leave it out.")
-        torch.backends.cudnn.benchmark = True
-        compile_parts(net)
-    images = []
-    for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
-        # a last batch that is smaller would be compiled anew
-        with torch.compiler.set_stance("default" if len(part) == args.batch_size else "force_eager"):
-            x = decode(draw(args, state, net, diffusion, device, ids, part))
-        images.append(x.cpu() if meta and not vae else to_uint8(x))
-    images = torch.cat(images) if images else []
-    if world > 1:
-        shares = [None] * world if rank == 0 else None
-        dist.gather_object(images, shares)
-        if rank == 0:                               # rank r holds the images r, r + world, ...
-            images = images.new_empty(args.n, *images.shape[1:])
-            for r, share in enumerate(shares[:args.n]):
-                images[r::world] = share
-    if rank > 0:
-        return
-    if meta and not vae:
-        save_file(run / "latents.npz", lambda file: np.savez(file, images.numpy()))
-        return say(f"{run / 'latents.npz'}: arr_0 {tuple(images.shape)} float32, not decoded; {how}")
+def write(args, run, images, ids, how):
+    """samples.png and, with --npz, samples.npz in the run's folder; uint8 images (N, C, H, W)."""
     columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.n)
     shown = images[:max(100, columns)].float() / 127.5 - 1
     save_file(run / "samples.png", lambda file: save_grid(shown, file, min(columns, 20)))
@@ -191,6 +181,48 @@ def main(argv=None):
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         save_file(run / "samples.npz", lambda file: np.savez(file, pixels))
         say(f"{run / 'samples.npz'}: arr_0 {pixels.shape} uint8")
+
+
+@command
+def main(argv=None):
+    args = parse(argv)
+    device, rank, world = setup(args.device)
+    state, net, diffusion = load_run(args.run, device)
+    cfg, run = state["config"], Path(args.run)
+    ids = class_ids(args.classes, state["classes"], cfg.conditional)
+    check(args, state, diffusion, ids)
+    how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
+    vae, moments = vae_of(state["latents"], device), moments_of(state["latents"], device)
+    pixels = vae is not None or state["latents"] is None                     # else latents are all there is
+    if args.denoise:
+        require(pixels, "--denoise draws images, and latents need their VAE.")
+        if rank > 0:
+            return
+        trace = []
+        draw(args, state, net, diffusion, device, ids, range(4), trace)
+        trace = [(t, to_pixels(x_t, moments, vae), to_pixels(x0, moments, vae)) for t, x_t, x0 in trace]
+        save_file(run / "denoise.png", lambda file: draw_denoise(trace, file))
+        say(f"{run / 'denoise.png'}: {how}")
+        return
+    # what is compared with is loaded before hours of sampling
+    real = load_data(cfg.data, "train", cfg.image_size).images if args.fid else None
+    if args.compile:
+        require(device.type != "cuda" or torch.utils._triton.has_triton(),
+                "--compile needs Triton, which is not installed: leave it out.")
+        torch.backends.cudnn.benchmark = True
+        compile_parts(net)
+
+    def decode(x):
+        return to_uint8(to_pixels(x, moments, vae)) if pixels else to_pixels(x, moments, None).cpu()
+    images = draw_share(args, state, net, diffusion, device, ids, decode, rank, world)
+    images = collect(images, args.n, rank, world)
+    if rank > 0:
+        return
+    if not pixels:
+        save_file(run / "latents.npz", lambda file: np.savez(file, images.numpy()))
+        say(f"{run / 'latents.npz'}: arr_0 {tuple(images.shape)} float32, not decoded; {how}")
+        return
+    write(args, run, images, ids, how)
     if args.fid:
         value = fid(images, real, args.fid_weights, device)
         say(f"FID {value:.3f}: {args.n:,} samples, {len(real):,} training images of {cfg.data}; {how}")

@@ -89,7 +89,7 @@ class Config:
     size: str = flag(None, "one of the network's SIZES [small; unet: base]")
     data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, latents:PATH, shapes, shapes:full")
     image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16; with --vae: 256]")
-    vae: str = flag(None, "train on the latents of --data by this VAE of diffusers: its name or folder [none]")
+    vae: str = flag(None, "train on latents of --data: a VAE of diffusers, by name or folder [none]")
     out: str = flag(None, "run folder [runs/<model>-<size>-<data>]")
     images: int = flag(None, "stop after so many training images [10,000,000 unless --minutes is given]")
     minutes: float = flag(None, "stop after so many minutes")
@@ -656,7 +656,8 @@ def encode_share(vae, source, folder, start, stop, size):
     latents = np.lib.format.open_memmap(folder / "latents.npy", "r+")
     batch = max(1, VAE_PIXELS // size ** 2)
     sums = torch.zeros(3, latents.shape[2], dtype=torch.float64)
-    with tqdm(total=stop - start, desc=f"encoding {folder.name}", unit="img", disable=processes()[0] > 0) as bar:
+    what = f"encoding {folder.name}"
+    with tqdm(total=stop - start, desc=what, unit="img", disable=processes()[0] > 0) as bar:
         for k in range(start, stop, batch):
             images = source[k:min(k + batch, stop)]
             if not torch.is_tensor(images):
@@ -1031,7 +1032,7 @@ class Batches:
 
 
 class Meter:
-    """Losses since the last record: their sums over the steps, on the device, and the largest gradient norm."""
+    """Sums of the losses since the last record, on the device, and the largest gradient norm."""
 
     def __init__(self, device, images, sums=(0.0, 0.0), steps=0):
         self.denoising, self.distillation = torch.tensor(sums, device=device)
@@ -1040,7 +1041,7 @@ class Meter:
         self.images, self.time = images, time.time()             # where it starts
 
     def means(self):
-        """-> mean denoising loss, mean distillation loss, over all processes, and the norm. Waits for the device."""
+        """-> mean denoising and distillation loss, over all processes, and the norm. Waits for the device."""
         losses = torch.stack([self.denoising, self.distillation])
         if dist.is_initialized():
             dist.all_reduce(losses)
@@ -1059,7 +1060,7 @@ class Run:
     world: int
     net: torch.nn.Module
     ema: torch.nn.Module
-    model: torch.nn.Module          # net as a step calls it: as a Student, where it distils; in DDP, where it is
+    model: torch.nn.Module          # net as a step calls it: a Student where it distils, and in DDP
     diffusion: GaussianDiffusion
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; else it is off
@@ -1097,8 +1098,9 @@ def prepare(cfg, data, device, rank=0, world=1, state=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model = Student(net) if cfg.distill else net
     batches = Batches(data, cfg, diffusion.T, device, rank, world)
-    run = Run(cfg, data, device, rank, world, net, ema, model, diffusion, optimizer, scaler, autocast, batches,
-              Meter(device, 0))
+    meter = Meter(device, images=0)
+    run = Run(cfg, data, device, rank, world, net, ema, model, diffusion, optimizer, scaler, autocast,
+              batches, meter)
     if state:
         restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
         run.images = state["images"]
@@ -1261,7 +1263,8 @@ def start_log(run, out, resumed):
     lines = [json.dumps(head)]
     log = out / "log.jsonl"
     if resumed and log.exists():
-        whole = re.finditer(r'^(?:{"images": (\d+), .*}|{"config": .*})$', log.read_text(errors="replace"), re.M)
+        whole = re.compile(r'^(?:{"images": (\d+), .*}|{"config": .*})$', re.M)
+        whole = whole.finditer(log.read_text(errors="replace"))
         lines = [line[0] for line in whole if int(line[1] or 0) <= run.images]
     text = "".join(line + "\n" for line in lines)
     save_file(log, lambda file: file.write(text.encode()))
@@ -1382,8 +1385,8 @@ def train(cfg):
 
     save(run, path)
     if signalled:
-        say(f"stopped by {signal.Signals(signalled).name} at {run.images:,} images; checkpoint: {path}; go on "
-            f"with: {resume_command()}")
+        say(f"stopped by {signal.Signals(signalled).name} at {run.images:,} images; checkpoint: {path}; "
+            f"go on with: {resume_command()}")
         sys.exit(128 + signalled)                   # as if the signal had ended it: not a success
     draw(run, vae, out / f"samples-{run.images}.png")
     samples = out / f"samples-{run.images}.png" if vae or not data.meta else "not decoded"

@@ -198,7 +198,7 @@ class UNet(nn.Module):
         return feats[self.bottleneck].float().mean((2, 3))
 
     def encoder(self, x, t, y=None):
-        """Everything up to the bottleneck -> h (B, D, h, w), conditioning c (B, E), skips, features so far."""
+        """Everything up to the bottleneck -> h (B, D, h, w), conditioning c (B, E), skips, features."""
         if y is not None and not self.num_classes:
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         c = self.time_mlp(sinusoid(t, self.dim).to(x.dtype))                 # (B,) -> (B, dim) -> (B, E)

@@ -180,7 +180,7 @@ class UViT(nn.Module):
         return feats[self.bottleneck].float().mean((2, 3))
 
     def encoder(self, x, t, y=None):
-        """Everything up to the bottleneck -> tokens (B, extras + N, D), conditioning c (B, D), skips, features.
+        """Everything up to the bottleneck -> all tokens (B, extras + N, D), c (B, D), skips, features.
 
         The tokens: label (if any), time, patches. c is 0: U-ViT conditions by tokens only.
         """
