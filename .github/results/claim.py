@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 HERE = Path(__file__).parent
-T95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}   # 97.5 % quantile of t, by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}   # 97.5 % quantile of t, by degrees of freedom
 ROWS = [                                         # title, file, variant
     ("UNet 36 M, z", "unet", "mid"),
     ("UNet 36 M, z + distillation", "unet", "mid distill 0.005"),

@@ -17,7 +17,8 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import claim   # noqa: E402
 import probe   # noqa: E402
 import sample  # noqa: E402
 import train   # noqa: E402
@@ -30,23 +31,32 @@ SIZES = {
 
 MIXIN = "            c = c + self.proj(z.to(c.dtype))"          # the default, in all three
 OFF = "        if self.self_cond:\n" + MIXIN                   # with its condition, to be taken out
-WHOLE = "self(x, t, y, return_features=True)[1][self.bottleneck]"       # for encode, where z is elsewhere
+AGGREGATE = "        z = self.aggregate(feats)"
+EARLY = "        *_, feats = self.encoder(x, t, y)\n        return self.aggregate(feats)"
+ADD = "c = c + self.proj(self.aggregate(feats).to(c.dtype))\n"
 
 
-def unet_at(layer, before, after):
-    """The lines before and after which z is taken and added, in the UNet's encoder or decoder."""
-    return [(OFF, "        pass"), (before, after), ("self.encoder(x, t, y)[0]", WHOLE),
-            ('self.bottleneck = "mid"', f'self.bottleneck = "{layer}"')]
+def at(layer):
+    """z is of another layer than mid; the lines that add it are taken out, to come elsewhere."""
+    return [(OFF, "        pass"), ('self.bottleneck = "mid"', f'self.bottleneck = "{layer}"')]
+
+
+def in_decoder(layer, decode):
+    """The same in the decoder: there features are kept always, and z is known only in the end."""
+    return [*at(layer), (AGGREGATE, "        # z:"),
+            (EARLY, "        return self(x, t, y, return_z=True)[1]"),
+            (f"eps = self.decoder({decode}, feats if return_features else None)",
+             f"eps = self.decoder({decode}, feats)\n        z = self.aggregate(feats)")]
 
 
 def unet_out(n):
-    line = '                keep(feats, f"out_{n}", h)\n'
-    return unet_at(f"out_{n}", line, line + f"                if n == {n} and self.self_cond:\n"
-                   "                    c = c + self.proj(aggregate(h).to(c.dtype))\n")
+    keep = '                    feats[f"out_{n}"] = h\n'
+    add = f"                if n == {n} and self.self_cond:\n                    {ADD}"
+    return [*in_decoder(f"out_{n}", "h, c, skips"), (keep, keep + add)]
 
 
 def dit_block(n):
-    return [("len(self.blocks) // 2", str(n)), ('f"block_{depth // 2}"', f'"block_{n}"')]
+    return [("self.patch, self.half = patch, depth // 2", f"self.patch, self.half = patch, {n}")]
 
 
 UVIT_ONE = """nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
@@ -60,14 +70,12 @@ UVIT_MANY = """nn.ModuleList(
                 nn.init.zeros_(proj[1].weight)
                 nn.init.zeros_(proj[1].bias)
 """
-UVIT_KEEP = '            keep(feats, f"out_{n}", self.to_map(x))\n'
+UVIT_KEEP = '                feats[f"out_{n}"] = self.to_map(x)\n'
+UNET_MID = "        for block in self.mid:\n"
 VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the default are not patched
     "unet": {
         "baseline": [], "mid": [], "out_3": unet_out(3), "out_6": unet_out(6),
-        "in_8": unet_at("in_8", "        for block in self.mid:\n",
-                        "        if self.self_cond:\n"
-                        "            c = c + self.proj(aggregate(h).to(c.dtype))\n"
-                        "        for block in self.mid:\n"),
+        "in_8": [*at("in_8"), (UNET_MID, f"        if self.self_cond:\n            {ADD}{UNET_MID}")],
     },
     "uvit": {
         "baseline": [], "mid": [],
@@ -76,10 +84,8 @@ VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the
             (MIXIN, "            c = [c + proj(z.to(c.dtype)) for proj in self.proj]"),
             ("skips.pop(), c)", "skips.pop(), c[n - 1] if isinstance(c, list) else c)")],
         "mid, once to all tokens": [(MIXIN, "            x = x + self.proj(z.to(x.dtype))[:, None]")],
-        "out_2": [(OFF, "        pass"), ('self.bottleneck = "mid"', 'self.bottleneck = "out_2"'),
-                  ("self.to_map(self.encoder(x, t, y)[0])", WHOLE),
-                  (UVIT_KEEP, UVIT_KEEP + "            if n == 2 and self.self_cond:\n                "
-                   "c = c + self.proj(aggregate(self.to_map(x)).to(c.dtype))\n")],
+        "out_2": [*in_decoder("out_2", "x, c, skips"),
+                  (UVIT_KEEP, f"{UVIT_KEEP}            if n == 2 and self.self_cond:\n                {ADD}")],
     },
     "dit": {"baseline": [], "block_6": [], "block_4": dit_block(4), "block_8": dit_block(8)},
 }
@@ -127,42 +133,48 @@ def measure(args, name, variant, seed, judge=None):
                 distance=judge(run / "samples.npz") if judge else None)
 
 
-def cell(values, digits):
-    """One number a seed, then mean and standard deviation."""
-    each = " / ".join(f"{x:.{digits}f}" for x in values)
-    if len(values) < 2:
-        return each
-    return f"{each} ({statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f})"
-
-
-def verdict(differences):
-    """An effect is shown where three seeds or more agree in sign and the mean exceeds 2.5 deviations."""
-    agree = len(differences) >= 3 and len({x > 0 for x in differences}) == 1
-    shown = agree and abs(statistics.mean(differences)) > 2.5 * statistics.stdev(differences)
-    return "shown" if shown else "not resolved"
-
-
 def table(records):
-    """Records of one network -> Markdown: each variant by seed, its differences to the first, then to itself
-    without distillation."""
+    """Records of one network -> Markdown: each variant by seed, then the differences.
+
+    A variant is compared with the first, and with itself without distillation.
+    """
     found = {}
     for r in records:
-        measured = (math.nan if r["distance"] is None else r["distance"], 100 * r["test"])
-        found.setdefault(r["variant"], {})[r["seed"]] = measured
-    first = next(iter(found))
-    rows = ["| variant | distance | probe % |", "|---|---|---|"]
-    pairs = [(v, None) for v in found] + [(v, first) for v in found if v != first]
-    plain = {v: v.partition(" distill ")[0] for v in found}                # the same without distillation
-    pairs += [(v, plain[v]) for v in found if plain[v] in found and plain[v] not in (v, first)]
-    for variant, minus in pairs:
-        seeds = sorted(found[variant].keys() & found[minus or variant].keys())
-        cells = []
-        for k, digits in enumerate((2, 1)):
-            values = [found[variant][s][k] - (found[minus][s][k] if minus else 0) for s in seeds]
-            known = not any(map(math.isnan, values))                       # distances need a judge
-            cells.append(cell(values, digits) + f": {verdict(values)}" * bool(minus) if known else "-")
-        rows.append(f"| {variant} {f'- {minus} ' * bool(minus)}| {' | '.join(cells)} |")
+        distance = math.nan if r["distance"] is None else r["distance"]    # nobody judged its samples
+        found.setdefault(r["variant"], {})[r["seed"]] = distance, 100 * r["test"]
+    rows = ["| variant | distance | probe, % |", "|---|---|---|"]
+    for variant, runs in found.items():
+        distances, scores = zip(*[runs[seed] for seed in sorted(runs)])
+        rows.append(f"| {variant} | {numbers(distances, 2)} | {numbers(scores, 1)} |")
+    for variant, other in comparisons(list(found)):
+        seeds = sorted(found[variant].keys() & found[other].keys())
+        pairs = [(found[variant][seed], found[other][seed]) for seed in seeds]
+        distances = [a[0] - b[0] for a, b in pairs]
+        scores = [a[1] - b[1] for a, b in pairs]
+        rows.append(f"| {variant} - {other} | {difference(distances, 2)} | {difference(scores, 1)} |")
     return "\n".join(rows)
+
+
+def comparisons(variants):
+    """-> pairs of a variant and what it is compared with."""
+    pairs = []
+    for variant in variants[1:]:
+        pairs.append((variant, variants[0]))
+        plain = variant.partition(" distill ")[0]
+        if plain in variants[1:] and plain != variant:
+            pairs.append((variant, plain))
+    return pairs
+
+
+def numbers(values, digits):
+    return "-" if any(map(math.isnan, values)) else " / ".join(f"{x:.{digits}f}" for x in values)
+
+
+def difference(values, digits):
+    """Mean [paired 95 % t-interval]; of one pair, that pair."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    return claim.cell(values, digits) if len(values) > 1 else f"{values[0]:+.{digits}f}"
 
 
 def main(argv=None, judge=None):
