@@ -458,7 +458,7 @@ def test_bench(monkeypatch, capsys):
     ms = float(re.search(r"([\d.]+) ms a step", said)[1])
     work = float(re.search(r"([\d.]+) GFLOPs", said)[1])
     assert abs(speed * ms / 4000 - 1) < 0.1 and not Path("nowhere").exists()
-    # a block: 24 D^2 a token, 4 N D a token for attention, 12 D^2 an image for adaLN; 3: with the backward pass
+    # a block: 24 D^2 a token, 4 N D a token for attention, 12 D^2 an image for adaLN; 3: with backward
     D, N, blocks = 128, 16, 6
     assert abs(work / (3 * blocks * (24 * N * D ** 2 + 4 * N ** 2 * D + 12 * D ** 2) / 1e9) - 1) < 0.15
     assert "s from the start to the end of the first step" in said

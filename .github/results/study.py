@@ -85,7 +85,8 @@ VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the
             ("skips.pop(), c)", "skips.pop(), c[n - 1] if isinstance(c, list) else c)")],
         "mid, once to all tokens": [(MIXIN, "            x = x + self.proj(z.to(x.dtype))[:, None]")],
         "out_2": [*in_decoder("out_2", "x, c, skips"),
-                  (UVIT_KEEP, f"{UVIT_KEEP}            if n == 2 and self.self_cond:\n                {ADD}")],
+                  (UVIT_KEEP,
+                   f"{UVIT_KEEP}            if n == 2 and self.self_cond:\n                {ADD}")],
     },
     "dit": {"baseline": [], "block_6": [], "block_4": dit_block(4), "block_8": dit_block(8)},
 }
