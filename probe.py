@@ -240,11 +240,11 @@ def collect(source, part, levels, args, layers=None):
 
 # --- the solver ---
 
-# A probe minimises, on standardised features x, the mean over images of cross-entropy(W x + b, y) plus
-# penalty / 2 |W|^2. Features are so correlated (condition numbers up to 8 million were seen) that AdamW
-# stopped up to 15 points below the best linear layer, in some layers more than in others. So this is
-# gradient descent on all images, accelerated; the inverse of a bound on the curvature takes the place of a
-# learning rate. P places of one width learn at once, in batched products, and share the images only.
+# A probe minimises, on standardised features x, the mean over images of cross-entropy(W x + b, y),
+# plus penalty / 2 |W|^2. Features are so correlated (condition numbers up to 8 million were seen) that
+# AdamW stopped up to 15 points below the best linear layer, in some layers more than in others. So this
+# is gradient descent on all images, accelerated; the inverse of a bound on the curvature takes the place
+# of a learning rate. P places of one width learn at once, in batched products; they share images only.
 
 def spread(h):
     """Features (N, D) -> standard deviation (D,), never 0, and mean (D,): what standardises them."""
@@ -282,8 +282,8 @@ def minimise(W, x, truth, share, penalty):
     for k in tqdm(range(ITERATIONS), f"probes, {penalty:g}", unit="step", leave=False):
         # p = softmax(W x), (P, K, N): what the probes say
         p = (ahead @ x).softmax(1)
-        # Hessian by W of an image's cross-entropy: (diag(p) - p p^T) x x^T, at most its trace (1 - |p|^2)
-        # times x x^T. Boehning (1992) has one bound for all p; this is the largest on the way so far.
+        # Hessian by W of an image's cross-entropy = (diag(p) - p p^T) (x) x x^T <= (1 - |p|^2) x x^T, the
+        # trace of the first. Boehning (1992) bounds it for all p; here for those on the way so far.
         bound = torch.maximum(bound, 1 - p.square().sum(1))     # (P, N)
         # rate = H^-1 of the bound; not in each step, which costs less
         if k % 10 == 0:
@@ -310,8 +310,8 @@ def unstandardise(V, std, mean):
 def fit(features, y, K, penalties):
     """Trains a linear layer for every place and penalty -> for every place {penalty: (W (K, D), b (K,))}.
 
-    features: of P places, each (N, D); y: (N,) classes; one of K or more teaches nothing. Each penalty starts
-    from the probes of the one before; let them fall. Raises UserError.
+    features: of P places, each (N, D); y: (N,) classes; one of K or more teaches nothing. Each penalty
+    starts from the probes of the one before; let them fall. Raises UserError.
     """
     moments = [spread(h) for h in features]
     require(all(mean.isfinite().all() for _, mean in moments),
@@ -349,9 +349,9 @@ def learn(source, part, K, levels, penalties, args, layers=None):
 
 def score(probes, K, source, part, levels, args, layers=None):
     """-> {(layer, t, penalty): dict(accuracy=, miou=)}, of images or, by masks, of all their pixels."""
-    counts = defaultdict(int)                       # confusion matrices (K, K): what it is, what was said
+    counts = defaultdict(int)               # (K, K): pixels or images by what they are, what was said
     for layer, t, h, targets in extract(source, part, levels, args, layers):
-        known = targets < K                         # void pixels are of class 255
+        known = targets < K                 # void pixels are of class 255
         for penalty, probe in probes[layer, t].items():
             said = answer(probe, h).argmax(1)
             pairs = (targets * K + said)[known]
@@ -360,7 +360,7 @@ def score(probes, K, source, part, levels, args, layers=None):
     for place, count in counts.items():
         right, there = count.diag(), count.sum(1)
         ious = right / (there + count.sum(0) - right)
-        ious = ious[there > 0]                      # of the classes that occur
+        ious = ious[there > 0]              # of the classes that occur
         accuracy = right.sum() / count.sum()
         result[place] = dict(accuracy=accuracy.item(), miou=ious.mean().item())
     return result
@@ -387,9 +387,9 @@ def study(source, train, test, K, levels, args):
     """The protocol of this file's first lines -> dict for probe.json."""
     metric = "miou" if args.task == "segment" else "accuracy"
     scores = held_out_scores(source, train, K, levels, args)
-    best = max(scores, key=lambda place: scores[place][metric])           # step 2
+    best = max(scores, key=lambda place: scores[place][metric])     # step 2
     test_score = final_score(source, train, test, K, best, args)
-    layers = list(dict.fromkeys(layer for layer, _, _ in scores))         # in depth order
+    layers = list(dict.fromkeys(layer for layer, _, _ in scores))   # in depth order
     table = [[max(scores[layer, t, penalty][metric] for penalty in PENALTIES) for t in levels]
              for layer in layers]
     layer, t, penalty = best
@@ -494,7 +494,7 @@ def draw_map(result, file):
     """The layer x noise map as a PNG, dark is high; the best place is framed."""
     what = f"{METRICS[result['metric']]} of linear probes on held-out images of {result['data']} (%)"
     values = 100 * np.array(result["held_out"])
-    shade = (values - values.min()) / max(np.ptp(values), 1e-9)       # 0..1
+    shade = (values - values.min()) / max(np.ptp(values), 1e-9)     # 0..1
     picture, pen = canvas(210 + 92 * len(values[0]), 160 + 40 * len(values),
                           [(what, "black"), (summary(result), "black")])
     for j, t in enumerate(result["levels"]):
@@ -503,7 +503,7 @@ def draw_map(result, file):
         z = " (z)" if name == result["bottleneck"] else ""
         pen.text((180, 160 + 40 * i), name + z, "black", anchor="rm")
         for j, t in enumerate(result["levels"]):
-            x, y = 240 + 92 * j, 160 + 40 * i                         # the cell's middle
+            x, y = 240 + 92 * j, 160 + 40 * i               # the cell's middle
             best = name == result["best"]["layer"] and t == result["best"]["t"]
             colour = 255, int(250 - 110 * shade[i, j]), int(240 - 200 * shade[i, j])
             pen.rectangle((x - 44, y - 18, x + 44, y + 18), colour, "red" if best else None, 4)
@@ -513,24 +513,23 @@ def draw_map(result, file):
 
 def draw_curves(results, file):
     """Layer curves of probed runs as a PNG: each layer's best held-out score over t; z is a large dot."""
-    what = f"{METRICS[results[0]['metric']]} of linear probes, held out (%), best t of a layer; large: z"
+    what = f"{METRICS[results[0]['metric']]} of linear probes, held out (%), best t; large dot: z"
     heading = [(summary(result), colour) for result, colour in zip(results, cycle(LINES))]
     curves = [[100 * max(row) for row in result["held_out"]] for result in results]
     ends = min(map(min, curves)) - 0.5, max(map(max, curves)) + 0.5
-    right = 130 + max(900, 110 * len(curves[0]))
-    picture, pen = canvas(right + 80, 620 + 36 * len(results), [(what, "black"), *heading])
-    heights = picture.height - 60, picture.height - 520               # of the ends, from the top
+    right, bottom = 130 + max(900, 110 * len(curves[0])), 560 + 36 * len(results)
+    picture, pen = canvas(right + 80, bottom + 30 + 30 * len(results), [(what, "black"), *heading])
     for value in np.linspace(*ends, 6):
-        y = np.interp(value, ends, heights)
+        y = np.interp(value, ends, (bottom, bottom - 460))
         pen.line((100, y, right, y), "#dddddd", 2)
         pen.text((90, y), f"{value:.1f}", "black", anchor="rm")
-    for result, curve, (_, colour) in zip(results, curves, heading):
-        points = list(zip(np.linspace(130, right, len(curve)), np.interp(curve, ends, heights)))
+    for n, (result, curve, (_, colour)) in enumerate(zip(results, curves, heading)):
+        y = np.interp(curve, ends, (bottom, bottom - 460))
+        points = list(zip(np.linspace(130, right, len(curve)), y))
         pen.line(points, colour, 4)
         for point, name in zip(points, result["layers"]):
             pen.circle(point, 14 if name == result["bottleneck"] else 6, colour)
-            if all(other["layers"] == result["layers"] for other in results):
-                pen.text((point[0], heights[0] + 30), name, "black", anchor="mm")
+            pen.text((point[0], bottom + 30 * (n + 1)), name, colour, anchor="mm")
     picture.save(file, "PNG")
 
 
@@ -538,8 +537,8 @@ def draw_curves(results, file):
 
 def read_result(path, run):
     """What probe.py wrote for a run. Raises UserError where it is missing, damaged or something else."""
-    require(path.exists(), f"{path} does not exist: make it with python probe.py {run}, and the same "
-                           "--task and --data.")
+    require(path.exists(),
+            f"{path} does not exist: make it with python probe.py {run}, and the same --task and --data.")
     try:
         result = json.loads(path.read_text())
         draw_curves([result], io.BytesIO())                 # what is odd shows here
@@ -555,8 +554,9 @@ def compare(args):
     results = [read_result(Path(run, stem(args) + ".json"), run) for run in args.compare]
     for what in ALIKE:
         known = sorted({str(result[what]) for result in results})
-        require(len(known) == 1, f"these runs were probed with different {what}, {', '.join(known)}: probe "
-                                 "them alike, and compare with the same --data.")
+        require(len(known) == 1,
+                f"these runs were probed with different {what}, {', '.join(known)}: probe them alike, "
+                "and compare with the same --data.")
     path = Path(args.compare[0], stem(args) + "-compare.png")
     save_file(path, lambda file: draw_curves(results, file))
     for result in results:
@@ -571,7 +571,9 @@ def load_parts(spec, state, args, device):
     K, N = len(classes), len(train.images)
     usual = SOME_SHAPES if spec.startswith("shapes") else N
     most = min(args.images or usual, N)
-    least = max(10, K) if args.task == "classify" else 10             # so that a tenth is an image
+    least = 10                              # so that a tenth is an image
+    if args.task == "classify":
+        least = max(least, K)
     require(most >= least,
             f"{most} training images of {K} classes are too few: use {least} or more.")
     g = torch.Generator().manual_seed(mix(args.seed, 0))
@@ -640,8 +642,8 @@ def main(argv=None):
         else:
             probe_run(args)
     except torch.OutOfMemoryError:
-        require(False, "the memory of the GPU is too small for this: use fewer --images or levels --t, or a "
-                       "smaller --batch-size; results found before are kept.")
+        require(False, "the memory of the GPU is too small for this: use fewer --images or levels --t, "
+                       "or a smaller --batch-size; results found before are kept.")
 
 
 if __name__ == "__main__":

@@ -117,10 +117,15 @@ def collect(images, n, rank, world):
     return images
 
 
-def draw_denoise(trace, file, columns=10):
-    """trace of (t, x_t, x0) -> PNG: for each image a row of x_t and one of the predicted x0, step by step."""
+def evenly(trace, columns=10):
+    """So many steps of a trace, or all where there are fewer; with the first and the last."""
     columns = min(columns, len(trace))
-    steps = [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    return [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
+
+
+def draw_denoise(steps, file):
+    """Steps (t, x_t, x0) -> PNG: for each image a row of x_t and one of the predicted x0, a column a step."""
+    columns = len(steps)
     count, _, _, side = steps[0][1].shape
     size, gap, left, top = max(64, side), 4, 40, 24
     width = left + columns * (size + gap)
@@ -136,7 +141,9 @@ def draw_denoise(trace, file, columns=10):
             y = top + row * (size + gap)
             image = Image.fromarray(tile.permute(1, 2, 0).numpy())
             picture.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y))
-            pen.text((left / 2, y + size / 2), "x0" if row % 2 else "x_t", "black", font, "mm")
+    for row in range(2 * count):                    # once: what is drawn over itself loses its soft edges
+        y = top + row * (size + gap)
+        pen.text((left / 2, y + size / 2), "x0" if row % 2 else "x_t", "black", font, "mm")
     picture.save(file, "PNG")
 
 
@@ -154,7 +161,8 @@ def fid(images, real, weights, device):
         metrics = calculate_metrics(input1=Images(images), input2=Images(real), fid=True, verbose=False,
                                     cuda=device.type == "cuda", feature_extractor_weights_path=weights)
     except Exception as e:                          # no network, a proxy, a file that is something else ...
-        require(False, f"FID could not be computed ({str(e).splitlines()[0]}): if the Inception weights "
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        require(False, f"FID could not be computed ({why}): if the Inception weights "
                        "could not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the "
                        "releases of github.com/toshas/torch-fidelity and name it with --fid-weights.")
     return metrics["frechet_inception_distance"]
@@ -200,12 +208,14 @@ def main(argv=None):
             return
         trace = []
         draw(args, state, net, diffusion, device, ids, range(4), trace)
-        trace = [(t, to_pixels(x_t, moments, vae), to_pixels(x0, moments, vae)) for t, x_t, x0 in trace]
-        save_file(run / "denoise.png", lambda file: draw_denoise(trace, file))
+        steps = []
+        for t, x_t, x0 in evenly(trace):            # a VAE takes its time: only what is shown
+            steps.append((t, to_pixels(x_t, moments, vae), to_pixels(x0, moments, vae)))
+        save_file(run / "denoise.png", lambda file: draw_denoise(steps, file))
         say(f"{run / 'denoise.png'}: {how}")
         return
     # what is compared with is loaded before hours of sampling
-    real = load_data(cfg.data, "train", cfg.image_size).images if args.fid else None
+    real = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad).images if args.fid else None
     if args.compile:
         require(device.type != "cuda" or torch.utils._triton.has_triton(),
                 "--compile needs Triton, which is not installed: leave it out.")

@@ -1,5 +1,36 @@
-"""--run-slow: tests that take minutes are skipped without it."""
+"""What the tests share: markers, tiny runs, errors and refusals, pictures, processes.
+
+--run-slow runs the tests that take minutes, too. -m "not pins" leaves out those that an exercise may break.
+"""
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from functools import partialmethod
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import train
+
+ROOT = Path(train.__file__).parent
+CPU = torch.device("cpu")
+BASE = ("--model dit --size tiny --data shapes --image-size 8 --batch-size 16 --images 64 "
+        "--device cpu --no-compile")
+MOVES = "--lr 1e-3 --warmup 1"          # so that a few steps change the weights by far more than a tolerance
+COLOURS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255), grey=(90, 90, 90))
+draw_shapes = train.draw_shapes
 
 
 def pytest_addoption(parser):
@@ -8,6 +39,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; needs --run-slow")
+    config.addinivalue_line("markers", "pins: pins a number, a name or a line: an exercise may change it")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -15,3 +47,298 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Here as in the other processes: more would wait for each other, and add up otherwise."""
+    torch.set_num_threads(1)
+
+
+# --- fewer shapes, shorter previews ---
+
+def few_shapes(patch, learn=400, test=400):
+    """So many drawn shapes instead of 50,000 and 5,000, until the monkeypatch is undone."""
+    patch.setattr(train, "draw_shapes",
+                  lambda n, *args, **kw: draw_shapes(learn if n == 50_000 else test, *args, **kw))
+
+
+def speed_up(patch):
+    """Few shapes, and sample grids in 2 steps instead of 50, until the monkeypatch is undone."""
+    few_shapes(patch)
+    patch.setattr(train.GaussianDiffusion, "sample", partialmethod(train.GaussianDiffusion.sample, steps=2))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """speed_up for a test; a file asks for it by pytestmark = pytest.mark.usefixtures("quick")."""
+    speed_up(monkeypatch)
+
+
+# --- tiny runs: 8 px, four steps of 16 images ---
+
+def config(flags=""):
+    return train.parse_config([*BASE.split(), *flags.split()])
+
+
+def argv(out, flags="", *more):
+    return [*BASE.split(), "--out", str(out), *flags.split(), *map(str, more)]
+
+
+def load(out):
+    """-> checkpoint of a run folder."""
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def run(out, flags="", *more):
+    """A run in this process -> its checkpoint."""
+    train.main(argv(out, flags, *more))
+    return load(out)
+
+
+def log(out):
+    """-> first record, the others."""
+    head, *rest = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return head, rest
+
+
+def losses(out, name="loss"):
+    """{images: loss}; an image count that is logged twice is an error."""
+    rest = log(out)[1]
+    found = {record["images"]: record.get(name) for record in rest}
+    assert len(found) == len(rest), "an interval is in the log twice"
+    return found
+
+
+def small_run(folder, flags, parts):
+    """A run on 16 px shapes, of two steps of 8 images -> its folder.
+
+    Those parts of the checkpoint ("ema", "model") then get noise of their own, so that no zero gate hides the
+    time, the class or z.
+    """
+    flags = f"--model {flags} --size tiny --data shapes --images 16 --batch-size 8 --device cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.GaussianDiffusion, "sample", lambda self, net, noise, *args, **kwargs: noise)
+        train.main([*flags.split(), "--out", str(folder)])
+    state, generator = load(folder), torch.Generator().manual_seed(1)
+    for part in parts:
+        for value in state[part].values():
+            value += 0.04 * torch.randn(value.shape, generator=generator)
+    torch.save(state, folder / "checkpoint.pt")
+    return folder
+
+
+# --- comparisons ---
+
+def error(a, b):
+    """Maximum absolute error of two tensors, arrays, lists, or dicts of them with the same keys."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(error(a[k], b[k]) for k in a)
+    a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def moments(state):
+    """The optimizer's running mean of the gradient, of every parameter."""
+    return {k: s["exp_avg"] for k, s in state["optimizer"]["state"].items()}
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Checkpoints equal bit for bit, but for the flags that say how far to go and where to."""
+    for name in a.keys() | b.keys():
+        if name != "config":
+            assert same(a[name], b[name]), name
+
+
+def tree(folder):
+    """Everything in a folder, with the files' bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@contextmanager
+def refused(capsys, *words):
+    """The body ends with exit code 2 and one line on stderr, beside bars, which has all words.
+
+    As gives a list; afterwards it holds that line.
+    """
+    said = []
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        yield said
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err.replace("\x1b[A", ""))
+    said += [line for line in lines if line.strip() and not re.search(r"\d%\||\?, \?|/s[\],]|s/it", line)]
+    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
+    assert [word for word in words if word not in said[0]] == [], said
+
+
+# --- pictures ---
+
+def picture(path, *colours, size=(8, 8), mode="RGB"):
+    """An image file; its colours stand side by side (below each other where it is upright) in equal bands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = np.array([COLOURS[c] for c in colours], np.uint8)
+    width, height = size
+    rows, cols = (1, len(bands)) if width >= height else (len(bands), 1)
+    pixels = bands.reshape(rows, cols, 3).repeat(height // rows, 0).repeat(width // cols, 1)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 40 images to train, 10 to test, in two classes, 30 x 24 pixels; nobody changes it."""
+    root, rng = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
+    for split, n in (("train", 40), ("test", 10)):
+        for i in range(n):
+            path = root / split / "ab"[i % 2] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (4, 5, 3), np.uint8).repeat(6, 0).repeat(6, 1)
+            pixels[:, :, 0] = pixels[:, :, 0] // 2 + 120 * (i % 2)           # class b is redder
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+# --- processes of their own ---
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest"])
+tqdm.get_lock()                         # of all forks, or one that is killed would leave its own behind
+
+
+def start(*command, **env):
+    """A Python command in a process of its own, elsewhere, that goes on -> the process, a Popen."""
+    return subprocess.Popen([sys.executable, *map(str, command)], env={**os.environ, **env}, text=True,
+                            cwd=ROOT.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # background
+
+
+class Fork:
+    """body(*args), a function of a test file, in a quick process of its own; used like a Popen.
+
+    It starts at once: it is forked from a server that has imported train and did nothing else.
+    """
+
+    def __init__(self, body, *args, **env):
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = FORKS.Process(target=in_fork, args=(self.folder.name, env, body, args), daemon=True)
+        self.process.start()
+        self.pid = self.process.pid
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(str(self.process), timeout)
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        self.returncode = self.poll()
+        return self.said("out"), self.said("err")
+
+    def said(self, name):
+        path = Path(self.folder.name, name)
+        return path.read_text() if path.exists() else ""
+
+
+def in_fork(folder, env, body, args):
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    speed_up(pytest.MonkeyPatch())
+    body(*args)
+
+
+def train_in_fork(flags):
+    sys.argv = [str(ROOT / "train.py"), *flags]
+    train.main(flags)
+
+
+def fork_two(body, *args):
+    """Two processes of one run, as torchrun would start them -> both, the first one first."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])                                  # one that is free
+    return [Fork(body, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+
+
+def give_up(process, why):
+    """Ends a process, torchrun with its own, and the test."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=40)
+    process.kill()
+    pytest.fail(f"{why}: {process.communicate()}")
+
+
+def wait_for(what, process, seconds=60):
+    """Waits until what() is true of a process that runs."""
+    end = time.time() + seconds
+    while not what():
+        if process.poll() is not None or time.time() > end:
+            give_up(process, "it did not get there")
+        time.sleep(0.02)
+
+
+def end(process, seconds=60):
+    """-> exit code, stdout, stderr of a process that ends by itself within so many seconds."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        give_up(process, f"still there after {seconds} s")
+    return process.returncode, out, err
+
+
+def launch(*command, seconds=120):
+    """A Python command in a process of its own, from its start to its end -> exit code, stdout, stderr."""
+    return end(start(*command), seconds)
+
+
+def run_two(out, flags, *more):
+    """A run in two processes -> its checkpoint, and what was said on stdout."""
+    both = fork_two(train_in_fork, argv(out, flags, *more))
+    (code, said, err), (other, *_) = [end(process) for process in both]
+    assert code == other == 0, err
+    return load(out), said
+
+
+# --- a finished run ---
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The files of a finished run of 32 images."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        speed_up(patch)
+        run(out, "--images 32")
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.fixture
+def old_run(tmp_path, finished):
+    """A copy of it -> its folder."""
+    (tmp_path / "run").mkdir()
+    for name, content in finished.items():
+        (tmp_path / "run" / name).write_bytes(content)
+    return tmp_path / "run"
