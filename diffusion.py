@@ -93,7 +93,10 @@ class GaussianDiffusion:
         return a * x_t - s * out, s * x_t + a * out
 
     def error(self, out, x0, t, eps):
-        """Mean squared error of the network's answer out, over pixels, per image (B,) (DDPM, eq. 14)."""
+        """Mean squared error of the network's answer out, over pixels, per image (B,) (DDPM, eq. 14).
+
+        A weight for each t would stand here: it is what loss and train.py call.
+        """
         difference = out.float() - self.to_target(x0, t, eps)
         return difference.square().mean((1, 2, 3))
 

@@ -51,6 +51,7 @@ from unet_selfcond import UNet
 from uvit_selfcond import UViT
 
 MODELS = {"unet": UNet, "uvit": UViT, "dit": DiT}
+DEFAULT_SIZE = {"unet": "base", "uvit": "small", "dit": "small"}
 LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guidance (arXiv 2207.12598)
 CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
@@ -172,7 +173,7 @@ def parse_config(argv=None):
         budget = TINY_IMAGES[cfg.model]
         cfg = Config(**{**TINY_SHAPES, "decay": budget, **given})
     if cfg.size is None:
-        cfg.size = list(MODELS[cfg.model].SIZES)[1]
+        cfg.size = DEFAULT_SIZE[cfg.model]
     check_config(cfg)
     if cfg.images is None and cfg.minutes is None:
         cfg.images = budget
@@ -456,17 +457,19 @@ def load_vae(name, device):
         raise UserError(f"{name} is no autoencoder that can be loaded ({why}): name one of the hub, while "
                         "online, or the folder of one.")
     vae = vae.to(device).eval().requires_grad_(False)
-    require(encodes_images(vae), f"{name} is an {type(vae).__name__}, which does not encode images: use an "
-                                 "AutoencoderKL, AutoencoderTiny or AutoencoderDC.")
+    require(knows_images(vae), f"{name} is of class {type(vae).__name__}, which does not encode and decode "
+                               "images: use an AutoencoderKL, AutoencoderTiny or AutoencoderDC.")
     return vae
 
 
-def encodes_images(vae):
-    """Is an image of so many pixels a latent of the size that its config promises?"""
+@torch.no_grad()
+def knows_images(vae):
+    """Is an image a latent of the size that the VAE's config promises, and this an image again?"""
     try:
-        side = 64
+        side = 4 * scale_of(vae)
         image = torch.zeros(1, vae.config.in_channels, side, side, device=vae.device)
-        return to_latents(vae, image).shape[2:] == (side // scale_of(vae), side // scale_of(vae))
+        z = to_latents(vae, image)
+        return z.shape[2:] == (4, 4) and vae.decode(z).sample.shape == image.shape
     except Exception:                               # of video, of sound, no autoencoder at all: many kinds
         return False
 
@@ -515,11 +518,11 @@ def to_pixels(x, moments, vae):
     """The way back: x as the network sees it -> images (N, C, H, W) in [-1, 1]; without a VAE, latents."""
     if moments is None:
         return x
-    z = x.float() * moments[1] + moments[0]
+    latents = x.float() * moments[1] + moments[0]
     if vae is None:
-        return z
-    batch = max(1, VAE_PIXELS // (scale_of(vae) ** 2 * z[0, 0].numel()))
-    return torch.cat([vae.decode(some).sample.float() for some in z.split(batch)])
+        return latents
+    batch = max(1, VAE_PIXELS // (scale_of(vae) ** 2 * latents[0, 0].numel()))
+    return torch.cat([vae.decode(some).sample.float() for some in latents.split(batch)])
 
 
 def encode(spec, size, name, device, skip_bad=False):
@@ -653,11 +656,13 @@ def make_files(folder, shape, labels):
 
 def encode_share(vae, source, folder, start, stop, size):
     """Encodes images start to stop into latents.npy -> their number, sum, sum of squares (3, C) float64."""
-    latents = np.lib.format.open_memmap(folder / "latents.npy", "r+")
+    path = folder / "latents.npy"
+    latents = np.load(path, mmap_mode="r")          # written through this, a full disk would be a SIGBUS
     batch = max(1, VAE_PIXELS // size ** 2)
     sums = torch.zeros(3, latents.shape[2], dtype=torch.float64)
     what = f"encoding {folder.name}"
-    with tqdm(total=stop - start, desc=what, unit="img", disable=processes()[0] > 0) as bar:
+    bar = tqdm(total=stop - start, desc=what, unit="img", disable=processes()[0] > 0)
+    with bar, open(path, "r+b") as file:
         for k in range(start, stop, batch):
             images = source[k:min(k + batch, stop)]
             if not torch.is_tensor(images):
@@ -666,11 +671,13 @@ def encode_share(vae, source, folder, start, stop, size):
             for half, view in enumerate((x, x.flip(3))):
                 z = to_latents(vae, view).half().cpu()                       # (n, C, h, w)
                 require(z.isfinite().all(), "the VAE makes latents that float16 does not hold.")
-                latents[half, k:k + len(z)] = z.numpy()
+                file.seek(latents.offset + (half * latents.shape[1] + k) * latents[0, 0].nbytes)
+                file.write(z.numpy().tobytes())
                 z = z.double()
                 sums += torch.stack([z ** 0, z, z ** 2]).sum((1, 3, 4))
             bar.update(len(images))
-    latents.flush()
+        file.flush()
+        os.fsync(file.fileno())
     return sums
 
 
@@ -709,6 +716,9 @@ def load_latents(root, split):
 
 
 # --- device and run tools -----------------------------------------------------------------------------------
+
+# gather, everywhere, in_every_process and from_first: all processes must come to each such call, in the same
+# order. What may fail in one of them alone is work for in_every_process, so that all of them end with it.
 
 def setup(name=None):
     """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
@@ -849,7 +859,11 @@ def save_file(path, write):
 
 
 def mix(*numbers):
-    """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike."""
+    """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike.
+
+    Who draws from what: (seed) the first weights; (seed, step, 0) which images; (seed, step, 1) t, noise,
+    flips, dropped labels; (seed, step, 0, 1) the teacher's view; (seed, step, 2 + rank) dropout.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -1110,7 +1124,7 @@ def prepare(cfg, data, device, rank=0, world=1, state=None):
     elif cfg.compile:
         say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
     if dist.is_initialized():
-        run.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        run.model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
 
@@ -1128,13 +1142,14 @@ def make_fast(run):
     """
     say("compiling: the first time it takes up to minutes, later it comes from a cache")
     compile_parts(run.net)
-    if run.cfg.distill:
+    if run.cfg.distill:                             # the teacher
         compile_parts(run.ema)
     shape = run.data.images.shape[1:]
     x = torch.zeros(run.micro, *shape, device=run.device).to(memory_format=LAYOUT["cuda"])
     t = torch.zeros(run.micro, dtype=torch.int64, device=run.device)
+    inputs = (x, t, t.clone()) if run.num_classes else (x, t)
     with run.autocast():
-        torch.cuda.make_graphed_callables(run.model, (x, t, t.clone()) if run.num_classes else (x, t))
+        run.model = torch.cuda.make_graphed_callables(run.model, inputs)
     for w in run.net.parameters():                  # else w.grad would be memory of the graph
         w.grad = torch.zeros_like(w)
 
@@ -1171,33 +1186,35 @@ def all_keys(run, x0, step):
     return torch.cat(every)
 
 
+def distillation_loss(run, p, keys, weight, i, t):
+    """Of the images i, i + 1, ... of this process, whose z are projected to p (n, 128), at t (n,) -> (n,)."""
+    if weight == 0:
+        return 0 * p.sum(1)                         # DDP waits for a gradient of every parameter
+    own = run.rank * run.share + i + torch.arange(len(p), device=run.device)    # keys are in order of ranks
+    # the more of an image is left, the more its z can know
+    return run.diffusion.abar[t] * contrast(p, keys, own)
+
+
 def train_step(run, step):
     """Forward and backward pass over a batch, and a step of the optimiser; the losses go into run.meter."""
     cfg, diffusion = run.cfg, run.diffusion
     x0, t, noise, y = run.batches(step)
     torch.manual_seed(mix(cfg.seed, step, 2 + run.rank))         # dropout follows (seed, step) too
     weight = distill_weight(cfg, run.images)
-    if weight > 0:                                  # at 0 the teacher costs nothing
-        keys = all_keys(run, x0, step)
+    keys = all_keys(run, x0, step) if weight > 0 else None       # at 0 the teacher costs nothing
     for i in range(0, run.share, run.micro):
         part = slice(i, i + run.micro)
-        last = part.stop == run.share               # only then DDP sends gradients
-        given = [diffusion.add_noise(x0[part], t[part], noise[part]), t[part]]
+        inputs = [diffusion.add_noise(x0[part], t[part], noise[part]), t[part]]
         if y is not None:
-            given.append(y[part])
+            inputs.append(y[part])
+        last = part.stop == run.share               # DDP averages the gradients of the processes then
         with nullcontext() if last or run.world == 1 else run.model.no_sync(), run.autocast():
+            distillation = torch.zeros((), device=run.device)
             if cfg.distill:
-                out, p = run.model(*given)
-                if weight > 0:
-                    own = run.rank * run.share + i + torch.arange(run.micro, device=run.device)
-                    apart = contrast(p, keys, own)
-                else:
-                    apart = 0 * p.sum(1)            # DDP waits for a gradient of every parameter
-                # the more of an image is left, the more its z can know
-                distillation = (diffusion.abar[t[part]] * apart).sum() / run.share
+                out, p = run.model(*inputs)
+                distillation = distillation_loss(run, p, keys, weight, i, t[part]).sum() / run.share
             else:
-                out = run.model(*given)
-                distillation = torch.zeros((), device=run.device)
+                out = run.model(*inputs)
             denoising = diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
             run.scaler.scale(denoising + weight * distillation).backward()
         run.meter.denoising += denoising.detach()
@@ -1208,7 +1225,7 @@ def train_step(run, step):
         run.meter.norm = torch.maximum(run.meter.norm, norm)     # NaN stays NaN
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=False)
+    run.optimizer.zero_grad(set_to_none=False)      # a CUDA graph writes into the same memory again
     run.meter.steps += 1
 
 
@@ -1244,7 +1261,8 @@ def draw(run, vae, path):
     y, guidance = None, 1.0
     if K:
         y, guidance = torch.arange(columns, device=run.device).repeat(8), GUIDANCE
-    with run.autocast(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")             # this batch would be compiled anew
+    with run.autocast(), eager:
         x = run.diffusion.sample(run.ema, noise, y, null=K, guidance=guidance, clip=vae is None)
     x = to_pixels(x, moments_of(run.data.meta, run.device), vae)
     save_file(path, lambda file: save_grid(x, file, columns))
@@ -1277,7 +1295,7 @@ def chip(device):
 
 
 def log(run, out, lr, begun, bar):
-    """Adds a record to log.jsonl and shows it beside the bar; after LOG_STEPS steps the meter starts anew."""
+    """Adds a record to log.jsonl and shows it beside the bar."""
     denoising, distillation = finite_means(run, out / "checkpoint.pt")
     now = time.time()
     record = dict(images=run.images, loss=denoising)
@@ -1292,8 +1310,6 @@ def log(run, out, lr, begun, bar):
     if run.rank == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-    if run.meter.steps == LOG_STEPS:
-        run.meter = Meter(run.device, run.images)
 
 
 def steps_taken(optimizer):
@@ -1301,6 +1317,11 @@ def steps_taken(optimizer):
     for s in optimizer.state.values():
         return int(s["step"])
     return 0
+
+
+def has_passed(run, every):
+    """Did the last step reach or cross a multiple of so many images?"""
+    return run.images // every > (run.images - run.cfg.batch_size) // every
 
 
 def stop_requested(run, begun, asked):
@@ -1370,16 +1391,18 @@ def train(cfg):
         lr = learning_rate(cfg, run.images)
         run.optimizer.param_groups[0]["lr"] = lr
         train_step(run, step=run.images // cfg.batch_size)
-        before, run.images = run.images, run.images + cfg.batch_size
+        run.images += cfg.batch_size
         update_ema(run.ema, run.net, cfg, run.images)
         bar.update(cfg.batch_size)
         spent, signalled = stop_requested(run, begun, asked)
-        over = spent or signalled
+        over = spent or signalled                   # then it is saved and drawn below
         if run.meter.steps == LOG_STEPS or over:
             log(run, out, lr, begun, bar)
-        if run.images // cfg.save_every > before // cfg.save_every and not over:
+        if run.meter.steps == LOG_STEPS:
+            run.meter = Meter(device, run.images)
+        if has_passed(run, cfg.save_every) and not over:
             save(run, path)
-        if run.images // cfg.sample_every > before // cfg.sample_every and not over:
+        if has_passed(run, cfg.sample_every) and not over:
             draw(run, vae, out / f"samples-{run.images}.png")
     bar.close()
 

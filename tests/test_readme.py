@@ -325,7 +325,7 @@ def reroutes(net, z):
 @readme
 def test_exercise_two_layers():
     """Exercise 1: z is the mean of two layers' means."""
-    net = moved(patched("dit_selfcond.py", "block_2"), "DiT")
+    net = moved(patched("dit_selfcond.py", "last_two"), "DiT")
     _, feats = net(X, T, return_features=True)
     assert reroutes(net, (feats["block_2"] + feats[net.bottleneck]).mean((2, 3)) / 2)
 
@@ -334,7 +334,7 @@ def test_exercise_two_layers():
 @readme
 def test_exercise_attention_pooling():
     """Exercise 2: z is a weighted mean over the places; the query learns."""
-    net = moved(patched("unet_selfcond.py", "self.query =", "einsum"), "UNet")
+    net = moved(patched("unet_selfcond.py", "self.query =", "softmax"), "UNet")
     eps, feats = net(X, T, return_features=True)
     h = feats["mid"].flatten(2)
     weight = (h * net.query[:, None]).sum(1).softmax(1)[:, None]
