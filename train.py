@@ -533,7 +533,7 @@ def encode(spec, size, name, device, skip_bad=False):
     [C, h, w], mean and std of each channel over the training part, and a stamp of files and VAE. It is
     renamed to its name once it is whole. Each process encodes a share. Raises UserError.
     """
-    stamp = in_every_process(lambda: stamp_of_latents(spec, size, name, skip_bad))
+    stamp = in_every_process(lambda: stamp_of_latents(spec, size, name))
     out, whole = from_first(lambda: find_latents(spec, size, name, stamp))
     if whole:
         return out
@@ -566,17 +566,18 @@ def encode(spec, size, name, device, skip_bad=False):
     return out
 
 
-def stamp_of_latents(spec, size, name, skip_bad):
-    """What changes when the images, the VAE or how they are read do."""
-    parts = [spec, size, skip_bad, name]
+def stamp_of_latents(spec, size, name):
+    """What changes when the images or the VAE do."""
+    parts = [spec, size, name]
     if Path(name).is_dir():
-        parts.append(stamp_of(Path(name), sorted(p for p in Path(name).iterdir() if p.is_file())))
+        vae = Path(name).resolve()
+        parts = [spec, size, str(vae), stamp_of(vae, sorted(p for p in vae.iterdir() if p.is_file()))]
     if spec.startswith("folder:"):
-        root = folder_of(spec)
+        root = parts[0] = folder_of(spec)
         for split in ("train", "test"):
             with suppress(UserError):               # there may be no test part; encode says it of train
                 parts.append(stamp_of(root, list_folder(root, split)[0]))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def find_latents(spec, size, name, stamp):
@@ -699,6 +700,7 @@ def load_latents(root, split):
     """What encode wrote; it stays in its file and is read where it is indexed. Raises UserError."""
     try:
         meta = json.loads((root / "meta.json").read_text())
+        meta.pop("stamp", None)                     # of the files; the run is of what they hold
         check_meta(meta)
         both = np.load(root / split / "latents.npy", mmap_mode="r")
         labels = np.load(root / split / "labels.npy")

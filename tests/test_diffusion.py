@@ -1,20 +1,23 @@
 """diffusion.py against the papers' formulas, written here a second time in another form."""
+import ast
+import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT, error
 from diffusion import GaussianDiffusion
 
 SCHEDULES, TARGETS = ("linear", "cosine"), ("eps", "v")
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 targets = pytest.mark.parametrize("target", TARGETS)
-
-
-def error(a, b):
-    """Maximum absolute error."""
-    return (a - b).abs().max().item()
 
 
 def abars(schedule, T=1000):
@@ -82,7 +85,7 @@ def test_round_trip(schedule, target):
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (3, 2, 5, 5)])
 @pytest.mark.parametrize("classes", [False, True])
 def test_loss(target, shape, classes):
-    """The loss is the squared error of each image, averaged over its pixels and channels."""
+    """loss, and error of an answer at hand: each image's squared error, mean over pixels and channels."""
     diffusion, B = GaussianDiffusion(target=target), shape[0]
     x0, noise = (images(*shape, seed=seed, dtype=torch.float32) for seed in (1, 2))
     t, y = torch.tensor([10, 500, 900])[:B], torch.arange(1, 1 + B) if classes else None
@@ -90,10 +93,12 @@ def test_loss(target, shape, classes):
     assert loss.shape == (B,)
     for i in range(B):
         a, s, one = abar[t[i]] ** 0.5, (1 - abar[t[i]]) ** 0.5, slice(i, i + 1)
-        out = toy(a * x0[one] + s * noise[one], t[one], y[one] if classes else None).flatten().tolist()
-        pixels = zip(out, x0[i].flatten().tolist(), noise[i].flatten().tolist())
+        out = toy(a * x0[one] + s * noise[one], t[one], y[one] if classes else None)
+        pixels = zip(*(values.flatten().tolist() for values in (out, x0[i], noise[i])))
         wrong = [o - (e if target == "eps" else a * e - s * x) for o, x, e in pixels]
-        assert abs(loss[i].item() - sum(w * w for w in wrong) / len(wrong)) < 1e-5
+        expected = sum(w * w for w in wrong) / len(wrong)
+        assert abs(loss[i].item() - expected) < 1e-5
+        assert abs(diffusion.error(out, x0[one], t[one], noise[one]).item() - expected) < 1e-5
     half = diffusion.loss(lambda *args: toy(*args).bfloat16(), x0, t, noise, y)
     assert half.dtype == torch.float32, "the error of a bfloat16 network is taken in float32"
 
@@ -118,7 +123,7 @@ def test_exact_denoiser(schedule, target, eta, steps):
 
     result = diffusion.sample(net, images(3, 2, 4, 4, seed=1, dtype=dtype), steps=steps, eta=eta)
     assert result.dtype == dtype
-    assert error(result, image) < 1e-3
+    assert error(result, image.expand_as(result)) < 1e-3
 
 
 @pytest.mark.parametrize("eta, tolerance", [(0.0, 0.01), (1.0, 0.02)])
@@ -266,17 +271,52 @@ def test_randn(eta, calls):
     assert len(drawn) == calls
 
 
-@pytest.mark.parametrize("make", [dict(schedule="sqrt"), dict(target="x0")])
-def test_unknown_names(make):
-    """An unknown schedule or target is a ValueError that names it."""
-    with pytest.raises(ValueError, match=next(iter(make.values()))):
-        GaussianDiffusion(**make)
-
-
-@pytest.mark.parametrize("call, value", [
-    (dict(steps=0), "0"), (dict(steps=1001), "1001"), (dict(guidance=3.5), "3.5"),
-    (dict(guidance=3.5, y=torch.tensor([0])), "3.5"), (dict(guidance=0.5, null=5), "0.5")])
-def test_bad_calls(call, value):
-    """Steps out of range, and guidance without y or null, are a ValueError that names the value."""
+@pytest.mark.parametrize("make, call, value", [
+    (dict(schedule="sqrt"), {}, "sqrt"), (dict(target="x0"), {}, "x0"),
+    ({}, dict(steps=0), "0"), ({}, dict(steps=1001), "1001"), ({}, dict(guidance=3.5), "3.5"),
+    ({}, dict(guidance=3.5, y=torch.tensor([0])), "3.5"), ({}, dict(guidance=0.5, null=5), "0.5")])
+def test_refusals(make, call, value):
+    """Unknown names, steps out of range, guidance without y or null: a ValueError that names the value."""
     with pytest.raises(ValueError, match=rf"\b{re.escape(value)}\b"):
-        GaussianDiffusion().sample(toy, images(1, 1, 4, 4), **call)
+        GaussianDiffusion(**make).sample(toy, images(1, 1, 4, 4), **call)
+
+
+# --- the file alone ---
+
+def test_imports():
+    """diffusion.py imports math, torch and tqdm, nothing else."""
+    nodes = list(ast.walk(ast.parse((ROOT / "diffusion.py").read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} == {"math", "torch", "tqdm"}
+
+
+RUN_ALONE = """
+import json, runpy, sys, torch
+torch.manual_seed(0)
+own = runpy.run_path("own.py")
+files = [m.__file__ for m in sys.modules.values() if getattr(m, "__file__", None)]
+print(json.dumps([own["loss"].item(), own["images"].shape, own["images"].abs().mean().item(), files]))
+"""
+
+
+def test_own_project(tmp_path):
+    """In an empty folder, diffusion.py and the README's block of at most 25 lines train one's own network.
+
+    A loss of 1 is that of predicting 0. The toy's pixels are -1 or 1; of noise bounded to [-1, 1] the mean
+    absolute value is 0.63.
+    """
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block for block in blocks if "from diffusion import GaussianDiffusion" in block]
+    assert len(blocks) == 1 and blocks[0].count("nn.Conv2d(") == 3
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 25
+    (tmp_path / "own.py").write_text(blocks[0], encoding="utf-8")
+    shutil.copy(ROOT / "diffusion.py", tmp_path)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", RUN_ALONE], cwd=tmp_path, env=env, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    loss, shape, size, files = json.loads(done.stdout)
+    assert loss < 0.2 and shape[1:] == [1, 8, 8] and size > 0.75
+    assert str(tmp_path / "diffusion.py") in files
+    assert [file for file in files if Path(file).parent == ROOT] == []
