@@ -550,13 +550,12 @@ def encode(spec, size, name, device, skip_bad=False):
                 require(split == "test", str(e))
                 say(f"without a test part, which probes need: {e}")
                 continue
-            sums = encode_split(vae, images, labels, part / split, size)
+            sums, shape = encode_split(vae, images, labels, part / split, size)
         # of the training part: number, sum and sum of squares of each channel
         number, total, squares = sums
         mean = total / number
         std = (squares / number - mean ** 2).sqrt()
         require((std > 0).all(), f"{name} makes latents that are constant: use another.")
-        shape = list(np.load(part / "train" / "latents.npy", mmap_mode="r").shape[2:])
         meta |= dict(classes=classes, shape=shape, mean=mean.tolist(), std=std.tolist(), stamp=stamp)
         from_first(lambda: put_in_place(part, out, meta))
     finally:
@@ -636,17 +635,17 @@ def list_images(spec, split, size, skip_bad):
 
 
 def encode_split(vae, source, labels, folder, size):
-    """Writes latents.npy and labels.npy into the new folder -> number, sum, sum of squares, each (C,)."""
+    """Writes latents.npy and labels.npy into a folder -> number, sum, sum of squares (3, C), their shape."""
     rank, world = processes()
     start, stop = rank * len(labels) // world, (rank + 1) * len(labels) // world
     C = vae.config.in_channels
     require(not torch.is_tensor(source) or source.shape[1] == C,
             f"the images do not have the {C} channels of the VAE: choose another --vae.")
     blank = torch.zeros(1, C, size, size, device=vae.device)
-    shape = (2, len(labels), *to_latents(vae, blank).shape[1:])
-    from_first(lambda: make_files(folder, shape, labels))
+    shape = list(to_latents(vae, blank).shape[1:])
+    from_first(lambda: make_files(folder, (2, len(labels), *shape), labels))
     sums = in_every_process(lambda: encode_share(vae, source, folder, start, stop, size))
-    return torch.stack(gather(sums)).sum(0)
+    return torch.stack(gather(sums)).sum(0), shape
 
 
 def make_files(folder, shape, labels):

@@ -150,8 +150,17 @@ def test_sizes_run(name, size):
 def test_initialisation(name, classes):
     """proj starts at zero, comes on top of an unchanged baseline, and is not there when self_cond is off."""
     on, off = (build(name, classes, self_cond=self_cond).state_dict() for self_cond in (True, False))
-    assert not on.pop("proj.1.weight").any() and not on.pop("proj.1.bias").any()
-    assert list(on) == list(off) and all(torch.equal(on[key], off[key]) for key in off)
+    assert not on["proj.1.weight"].any() and not on["proj.1.bias"].any()
+    assert not any(key.startswith("proj") for key in off) and off.keys() < on.keys()
+    assert all(torch.equal(on[key], off[key]) for key in off)
+
+
+@pytest.mark.pins
+@pytest.mark.parametrize("name", NETS)
+def test_proj_is_all_that_is_added(name):
+    """Self-conditioning adds a linear layer, behind all others, and nothing else."""
+    on, off = (list(build(name, self_cond=self_cond).state_dict()) for self_cond in (True, False))
+    assert on == [*off, "proj.1.weight", "proj.1.bias"]
 
 
 def test_fresh_transformers():
@@ -172,7 +181,7 @@ def test_fresh_transformers():
 def test_off_equals_on_while_proj_is_zero(name, classes):
     """With proj zero the output is the baseline's exactly; else it differs and its gradient reaches z."""
     on, off, seen = perturb(build(name, classes)), build(name, classes, self_cond=False), []
-    off.load_state_dict({key: value for key, value in on.state_dict().items() if not key.startswith("proj.")})
+    off.load_state_dict({key: value for key, value in on.state_dict().items() if key in off.state_dict()})
     baseline = off(*inputs(on))
     assert torch.equal(on(*inputs(on)), baseline)
     assert torch.equal(on(*inputs(on)[:2]), off(*inputs(on)[:2]))

@@ -398,7 +398,7 @@ def test_ema_in_the_loop(tmp_path, monkeypatch):
     state = run(tmp_path / "run", f"{MOVES} --images 400 --ema 15")
     expected = seen[0]
     for k, net in enumerate(seen[1:], 1):
-        beta = 0.5 ** (16 / min(15, 16 * k / 20))                            # 5 % of the images, at most --ema
+        beta = 0.5 ** (16 / min(15, 16 * k / 20))          # 5 % of the images seen, at most --ema
         expected = {name: beta * expected[name] + (1 - beta) * net[name] for name in net}
     assert len(seen) == 26 and same(state["model"], {k: v.float() for k, v in seen[-1].items()})
     assert error(state["ema"], expected) < 1e-6 < 1e-4 < error(state["ema"], state["model"])

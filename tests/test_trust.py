@@ -225,12 +225,12 @@ def test_one_dies_under_torchrun(tmp_path, photos, restarts):
 def test_resume_with_more_processes(tmp_path, photos):
     """A run of one process goes on with two, and with one again: weights and losses are those of one."""
     out, flags = tmp_path / "run", f"{MOVES} --data folder:{photos}"
-    whole = run(tmp_path / "whole", f"{flags} --images 480")
-    run(out, f"{flags} --images 160")
-    assert run_two(out, f"{flags} --images 320 --resume")[0]["images"] == 320
-    state, found = run(out, f"{flags} --images 480 --resume"), losses(out)
-    assert error(state["model"], whole["model"]) < 1e-4 < 1e-3 < error(whole["model"], whole["ema"])
-    assert {i: found[i] for i in (320, 480)} == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    whole = run(tmp_path / "whole", f"{flags} --images 240")
+    run(out, f"{flags} --images 80")
+    assert run_two(out, f"{flags} --images 160 --resume")[0]["images"] == 160
+    state = run(out, f"{flags} --images 240 --resume")
+    assert error(state["model"], whole["model"]) < 1e-4 < 5e-4 < error(whole["model"], whole["ema"])
+    assert losses(out)[240] == pytest.approx(losses(tmp_path / "whole")[240], abs=1e-4)
 
 
 # --- the disk is full ---
@@ -373,7 +373,7 @@ def sound(capsys, main, flags):
         return False
 
 
-@pytest.mark.parametrize("n", [40, pytest.param(300, marks=slow)])
+@pytest.mark.parametrize("n", [24, pytest.param(300, marks=slow)])
 def test_odd_checkpoint(tmp_path, capsys, small, n):
     """Entries of a checkpoint missing or odd, bytes cut off or changed: one sentence where it will not do."""
     out, rng, ended = tmp_path / "run", random.Random(n), []
@@ -453,7 +453,7 @@ def test_bad_checkpoint(tmp_path, capsys, small, what):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(300, marks=slow)])
+@pytest.mark.parametrize("n", [32, pytest.param(300, marks=slow)])
 def test_odd_latents(tmp_path, capsys, small, n):
     """So with the files of a folder of latents, and with what a checkpoint says of its latents."""
     root, rng, ended = tmp_path / "latents", random.Random(n), []
@@ -504,7 +504,7 @@ def test_odd_log(tmp_path, capsys, small):
         assert sum('"images": 48' in x for x in records) == 1 and "{" not in records and "}" not in records
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(500, marks=slow)])
+@pytest.mark.parametrize("n", [32, pytest.param(500, marks=slow)])
 def test_odd_results(tmp_path, capsys, n):
     """probe.py --compare reads the results that others made: a sentence where they will not do."""
     rng, ended = random.Random(n), []
