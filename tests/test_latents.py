@@ -354,7 +354,7 @@ def test_kinds(photos, tmp_path, kind):
     train.main(flags(photos, vae, run, "--conditional"))
     state = load(run)
     meta = json.loads((photos.with_name(f"photos-{SIZE}px-{kind}") / "meta.json").read_text())
-    assert state["latents"] == meta and state["shape"] == [4, SIDE, SIDE]
+    assert {**state["latents"], "stamp": meta["stamp"]} == meta and state["shape"] == [4, SIDE, SIDE]
     assert state["config"]["image_size"] == SIZE and state["config"]["vae"] == str(vae)
     y = torch.arange(2).repeat(8)
     with open(run / "expected.png", "wb") as file:
@@ -429,12 +429,13 @@ def test_refused(trained, latents, vae, mine, tmp_path, capsys, script, more, wo
 
 
 def test_resume_on_other_latents(mine, vae, tmp_path, capsys):
-    """A run whose images changed is not resumed; unchanged, it goes on."""
+    """A run whose images changed is not resumed; where files are only newer, it goes on."""
     run = tmp_path / "run"
     train.main(flags(mine, vae, run))
+    (mine / "train/a/00.png").touch()
     train.main(flags(mine, vae, run, "--resume --images 24"))
     assert load(run)["images"] == 24
-    (mine / "train/a/00.png").touch()
+    Image.new("RGB", (SIZE, SIZE), "white").save(mine / "train/a/00.png")
     with refused(capsys, "other latents", "another --out"):
         train.main(flags(mine, vae, run, "--resume --images 32"))
 
