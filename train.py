@@ -1337,7 +1337,7 @@ def stop_requested(run, begun, asked):
     return bool(late or enough), number
 
 
-def check_start(cfg, out, world):
+def check_start(cfg, out, world, state=None):
     """What can be found out without the data. Raises UserError."""
     share = cfg.batch_size // world
     require(cfg.batch_size % world == 0,
@@ -1347,22 +1347,24 @@ def check_start(cfg, out, world):
     empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(cfg.resume or empty,
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
-
-
-def check_data(cfg, data, state):
-    """Do the data, and the checkpoint that is to go on, fit the flags? Raises UserError."""
-    require(cfg.batch_size <= len(data.images),
-            f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
-    require(len(data.classes) > 1 or not cfg.conditional,
-            f"--conditional needs classes, {cfg.data} has one: drop it, or sort them into train/<class>/.")
     if not state:
         return
-    require(state["latents"] == data.meta,
-            f"{state['path']} was trained on other latents than {cfg.data} holds now: choose another --out.")
     for name, value in asdict(state["config"]).items():
         require(name in MAY_CHANGE or value == getattr(cfg, name),
                 f"{state['path']} was trained with {name} {value}: resume it with the same flags, or choose "
                 "another --out.")
+
+
+def check_data(cfg, data, state):
+    """Do the data fit the flags, and the checkpoint that is to go on? Raises UserError."""
+    require(cfg.batch_size <= len(data.images),
+            f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
+    require(len(data.classes) > 1 or not cfg.conditional,
+            f"--conditional needs classes, {cfg.data} has one: drop it, or sort them into train/<class>/.")
+    if state:
+        require(state["latents"] == data.meta,
+                f"{state['path']} was trained on other latents than {cfg.data} holds now: choose another "
+                "--out.")
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -1373,8 +1375,8 @@ def train(cfg):
     device, rank, world = setup(cfg.device)
 
     # whatever can be wrong is found before anything is written
-    check_start(cfg, out, world)
-    state = read_checkpoint(path) if path.exists() else None
+    state = read_checkpoint(path) if path.exists() and cfg.resume else None
+    check_start(cfg, out, world, state)
     data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad, cfg.vae, device)
     check_data(cfg, data, state)
     run = prepare(cfg, data, device, rank, world, state)
