@@ -1,11 +1,7 @@
 """diffusion.py against the papers' formulas, written here a second time in another form."""
-import ast
-import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -126,24 +122,24 @@ def test_exact_denoiser(schedule, target, eta, steps):
     assert error(result, image.expand_as(result)) < 1e-3
 
 
-@pytest.mark.parametrize("eta, tolerance", [(0.0, 0.01), (1.0, 0.02)])
+@pytest.mark.parametrize("eta, tolerance", [(0.0, 0.004), (1.0, 0.008)])
 def test_gaussian_data(eta, tolerance):
     """Data ~ N(0, 0.5^2) with its exact denoiser gives samples of that spread; fewer steps are worse.
 
-    262,144 numbers: the standard deviation is known to 0.14 %.
+    All is linear: each noise is a unit vector of its own, and the result's length the standard deviation.
     """
     diffusion, abar = GaussianDiffusion(), abars("linear")
-    generator = torch.Generator().manual_seed(1)
 
     def net(x, t):
         a = abar[t[0]]
         return x * ((1 - a) ** 0.5 / (0.25 * a + 1 - a))                        # E[eps | x_t]
 
     def off(steps):
-        noise = images(1, 1, 512, 512, dtype=torch.float32)
-        x = diffusion.sample(net, noise, steps=steps, eta=eta, clip=False,
-                             randn=lambda x: torch.randn(x.shape, generator=generator))
-        return abs(x.std().item() / 0.5 - 1)
+        noises = [*torch.eye(steps).view(steps, 1, 1, 1, steps)]
+        x = diffusion.sample(net, noises.pop(), steps=steps, eta=eta, clip=False,
+                             randn=lambda x: noises.pop())
+        assert len(noises) == (0 if eta else steps - 1)
+        return abs(x.norm().item() / 0.5 - 1)
 
     assert off(1000) < tolerance
     assert off(50) > off(1000)
@@ -207,9 +203,12 @@ def test_times():
 
 
 @targets
-@pytest.mark.parametrize("w", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 4.0])
 def test_guidance(target, w):
-    """Guidance is eps_null + w (eps_y - eps_null), from one call of the network a step with both halves."""
+    """Guidance is eps_null + w (eps_y - eps_null), from one call of the network a step with both halves.
+
+    w = 1 is the conditional network, never asked for the null class.
+    """
     diffusion, calls = GaussianDiffusion(target=target), []
     noise, y = images(3, 1, 4, 4), torch.tensor([0, 1, 2])
 
@@ -222,21 +221,8 @@ def test_guidance(target, w):
 
     result = diffusion.sample(net, noise, y=y, null=5, steps=10, guidance=w, clip=False)
     assert error(result, diffusion.sample(formula, noise, steps=10, clip=False)) < 1e-9
-    assert [sorted(classes) for classes in calls] == 10 * [[0, 1, 2, 5, 5, 5]]
-
-
-def test_guidance_off():
-    """w = 1 is the conditional network, never asked for the null class; without y it gets no classes."""
-    diffusion, noise, y, calls = GaussianDiffusion(), images(3, 1, 4, 4), torch.tensor([0, 1, 2]), []
-
-    def net(x, t, *y):
-        calls.append([classes.tolist() for classes in y])
-        return toy(x, t, *y)
-
-    result = diffusion.sample(net, noise, y=y, null=5, steps=4)
-    assert error(result, diffusion.sample(lambda x, t: toy(x, t, y), noise, steps=4)) < 1e-9
-    diffusion.sample(net, noise, steps=4)
-    assert calls == 4 * [[[0, 1, 2]]] + 4 * [[]]
+    asked = [0, 1, 2] if w == 1 else [0, 1, 2, 5, 5, 5]
+    assert [sorted(classes) for classes in calls] == 10 * [asked]
 
 
 @targets
@@ -258,19 +244,6 @@ def test_clip_and_trace(target, eta):
     assert bounds[False] > 1.05 and bounds[True] == 1
 
 
-@pytest.mark.parametrize("eta, calls", [(0.0, 0), (0.5, 8)])
-def test_randn(eta, calls):
-    """DDIM draws no noise; other eta draw it in every step but the last."""
-    drawn = []
-
-    def randn(x):
-        drawn.append(x)
-        return torch.ones_like(x)
-
-    GaussianDiffusion().sample(toy, images(2, 1, 4, 4), steps=9, eta=eta, randn=randn)
-    assert len(drawn) == calls
-
-
 @pytest.mark.parametrize("make, call, value", [
     (dict(schedule="sqrt"), {}, "sqrt"), (dict(target="x0"), {}, "x0"),
     ({}, dict(steps=0), "0"), ({}, dict(steps=1001), "1001"), ({}, dict(guidance=3.5), "3.5"),
@@ -281,26 +254,7 @@ def test_refusals(make, call, value):
         GaussianDiffusion(**make).sample(toy, images(1, 1, 4, 4), **call)
 
 
-# --- the file alone ---
-
-def test_imports():
-    """diffusion.py imports math, torch and tqdm, nothing else."""
-    nodes = list(ast.walk(ast.parse((ROOT / "diffusion.py").read_text())))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} == {"math", "torch", "tqdm"}
-
-
-RUN_ALONE = """
-import json, runpy, sys, torch
-torch.manual_seed(0)
-own = runpy.run_path("own.py")
-files = [m.__file__ for m in sys.modules.values() if getattr(m, "__file__", None)]
-print(json.dumps([own["loss"].item(), own["images"].shape, own["images"].abs().mean().item(), files]))
-"""
-
-
-def test_own_project(tmp_path):
+def test_own_project(tmp_path, monkeypatch):
     """In an empty folder, diffusion.py and the README's block of at most 25 lines train one's own network.
 
     A loss of 1 is that of predicting 0. The toy's pixels are -1 or 1; of noise bounded to [-1, 1] the mean
@@ -310,13 +264,15 @@ def test_own_project(tmp_path):
     blocks = [block for block in blocks if "from diffusion import GaussianDiffusion" in block]
     assert len(blocks) == 1 and blocks[0].count("nn.Conv2d(") == 3
     assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 25
-    (tmp_path / "own.py").write_text(blocks[0], encoding="utf-8")
     shutil.copy(ROOT / "diffusion.py", tmp_path)
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", RUN_ALONE], cwd=tmp_path, env=env, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    loss, shape, size, files = json.loads(done.stdout)
-    assert loss < 0.2 and shape[1:] == [1, 8, 8] and size > 0.75
-    assert str(tmp_path / "diffusion.py") in files
-    assert [file for file in files if Path(file).parent == ROOT] == []
+    for name, module in [*sys.modules.items()]:
+        if Path(getattr(module, "__file__", None) or "").parent == ROOT:
+            monkeypatch.delitem(sys.modules, name)
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    own = {"__name__": "own"}
+    exec(blocks[0], own)
+    assert sys.modules["diffusion"].__file__ == str(tmp_path / "diffusion.py")
+    assert own["loss"] < 0.2 and own["images"].shape[1:] == (1, 8, 8) and own["images"].abs().mean() > 0.75
