@@ -1,212 +1,151 @@
 """README.md: its commands run; the files, flags, pictures, links in it exist. And the repository's form."""
 import ast
 import importlib
-import importlib.util
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torchvision
+import torch.nn.functional as F
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import probe
 import sample
 import train
-from diffusion import GaussianDiffusion
-from train import draw_shapes
+from conftest import CPU, ROOT, error, few_shapes, speed_up
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / ".github" / "results"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in RESULTS.glob("*.md"))]
-README = ROOT / "README.md"
-TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *RESULTS.glob("*.py")]
 SCRIPTS = {"train.py": train, "sample.py": sample, "probe.py": probe}
-NOT_RUN = "-m pytest", "-m pip", "-m venv"          # and whatever is no command of python or torchrun
 BATCH = 4                                           # of the tiny budget
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CARD = """README.md requirements.txt unet_selfcond.py uvit_selfcond.py dit_selfcond.py diffusion.py train.py
           probe.py sample.py tests""".split()
 FENCES = re.compile(r"^ *```.*?^ *```", re.M | re.S)
-readme = pytest.mark.skipif(not README.exists(), reason="README.md does not exist yet")
-
-
-def shell_commands(text):
-    """Words of each command in the ```bash blocks: continued lines joined, && split, VAR=... left out."""
-    commands = []
-    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|;", line):
-                words = shlex.split(part.removeprefix("$ "), comments=True)
-                while words and re.match(r"\w+=", words[0]):
-                    words.pop(0)
-                commands.append(words)
-    return [words for words in commands if words]
 
 
 def script_and_flags(words):
-    """A command of python or torchrun -> its script and the script's flags, or None if it is not to be run.
-
-    torchrun's own flags go through torchrun's own parser. --fid-weights names a file that is not here.
-    """
-    if words[0] == "torchrun" or words[1:3] == ["-m", "torch.distributed.run"]:
-        given = get_args_parser().parse_args(words[1 if words[0] == "torchrun" else 3:])
-        words = ["python", given.training_script, *given.training_script_args]
-    if "--fid-weights" in words:
-        words = words[:words.index("--fid-weights")] + words[words.index("--fid-weights") + 2:]
-    return None if " ".join(words[1:3]) in NOT_RUN else (words[1], words[2:])
+    """A command of python or torchrun, whose own parser takes its flags -> its script, the script's flags."""
+    if words[0] == "torchrun":
+        given = get_args_parser().parse_args(words[1:])
+        return given.training_script, given.training_script_args
+    return words[1], words[2:]
 
 
-COMMANDS = shell_commands(TEXT)
-RUN = [words for words in COMMANDS if words[0] in ("python", "torchrun")]
-
-
-def train_flags():
-    """The flags of each train.py command."""
-    found = [script_and_flags(words) for words in RUN if "train.py" in words]
-    return [flags for script, flags in found if script == "train.py"]
-
-
-class Cifar:
-    """Stands in for torchvision's CIFAR10 and CIFAR100, which would be downloaded."""
-    classes = CIFAR10
-
-    def __init__(self, root, train, download):
-        self.data = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-        self.targets = [i % 10 for i in range(20)]
+BLOCKS = re.findall(r"^ *```bash\n(.*?)^ *```", TEXT, re.M | re.S)
+LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
+COMMANDS = [shlex.split(part, comments=True) for line in LINES for part in line.split("&&")]
+RUN = [words for words in COMMANDS if words and words[0] in ("python", "torchrun") and words[1] != "-m"]
+MADE = {Path(train.parse_config(flags).out): flags                              # by train.py
+        for script, flags in map(script_and_flags, RUN) if script == "train.py"}
 
 
 class Vae:
-    """Stands in for an AutoencoderKL that scales down by 8, which would be downloaded."""
-    device = torch.device("cpu")
-
-    class config(dict):
-        in_channels = 3
-    config = config(block_out_channels=[1] * 4)
+    """Stands in for an autoencoder that scales down by 8, which would be downloaded."""
+    device = CPU
+    config = SimpleNamespace(in_channels=3, get=lambda name: [1] * 4)
 
     def encode(self, x):
-        mean = torch.nn.functional.avg_pool2d(x, 8)
-        mean = torch.cat([mean, mean[:, :1]], dim=1) + torch.linspace(0, 1, mean.shape[-1])
-        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean))
+        return SimpleNamespace(latents=F.avg_pool2d(x, 8))
 
     def decode(self, z):
-        return types.SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=8))
+        return SimpleNamespace(sample=F.interpolate(z, scale_factor=8))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working directory with a small folder of images, photos."""
+def place(tmp_path_factory, photos):
+    """The working directory of all commands, with the folder photos."""
     place = tmp_path_factory.mktemp("readme")
-    for i, (split, name) in enumerate((split, name) for split in ("train", "test") for name in CIFAR10):
-        folder = place / "photos" / split / name
-        folder.mkdir(parents=True)
-        Image.new("RGB", (40, 36), (12 * i, 90, 120)).save(folder / "1.png")
+    shutil.copytree(photos, place / "photos")
     return place
 
 
 @pytest.fixture
 def small(place, monkeypatch):
-    """What takes long or is not here is replaced by something small; place is the working directory."""
-    load_folder, steps, find_spec = train.load_folder, GaussianDiffusion.sample, importlib.util.find_spec
-
-    def two_steps(self, net, noise, y=None, **kwargs):
-        return steps(self, net, noise[:4], y if y is None else y[:4], **{**kwargs, "steps": 2})
-    monkeypatch.setattr(GaussianDiffusion, "sample", two_steps)
+    """Networks, data, VAE and numbers of steps are small; place is the working directory."""
+    speed_up(monkeypatch)
+    few_shapes(monkeypatch, 20, 20)
     for net in train.MODELS.values():
         less = dict(dim=32, blocks=1) if "mults" in net.SIZES["tiny"] else dict(dim=32, depth=2, heads=2)
         monkeypatch.setattr(net, "SIZES", {size: {**kwargs, **less} for size, kwargs in net.SIZES.items()})
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Cifar)
-    monkeypatch.setattr(train, "draw_shapes", lambda n, *args, **kwargs: draw_shapes(20, *args, **kwargs))
-    monkeypatch.setattr(train, "load_folder", lambda root, *args: load_folder(place / "photos", *args))
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name, *args: name == "torch_fidelity" or find_spec(name, *args))
+    monkeypatch.setattr(train, "load_cifar", lambda name, split: train.Data(
+        torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 10, None, list("0123456789")))
     monkeypatch.setattr(train, "load_vae", lambda name, device: Vae())
-    monkeypatch.setattr(sample, "fid", lambda images, *args: (1.0, len(images)))
     monkeypatch.setattr(probe, "ITERATIONS", 2)
     monkeypatch.chdir(place)
-    return place
 
 
 def train_run(flags):
     """Runs train.py with a tiny budget appended -> the run's folder."""
-    cfg = train.parse_config(flags)
-    folder = Path(cfg.out)
-    if folder.exists() and "--resume" not in flags:
-        shutil.rmtree(folder)                       # the same run is trained by several commands
-    budget = f"--images {2 * BATCH} --batch-size {BATCH} --device cpu --no-compile"
-    if "--micro-batch" in flags:
-        budget += " --micro-batch 2"
-    train.main([*flags, *budget.split()])
+    folder = Path(train.parse_config(flags).out)
+    if "--resume" not in flags:
+        shutil.rmtree(folder, ignore_errors=True)   # the same run is trained by several commands
+    train.main([*flags, *f"--images {2 * BATCH} --batch-size {BATCH} --device cpu --no-compile".split()])
     return folder
 
 
 def need_run(name):
-    """The folder of a run that a train.py command of the README makes; it is trained if it is not there."""
-    made = {Path(train.parse_config(flags).out): flags for flags in train_flags()}
-    assert Path(name) in made, f"no train.py command of the README makes {name}"
-    return Path(name) if Path(name, "checkpoint.pt").exists() else train_run(made[Path(name)])
+    """The folder, without pictures, of a run that a command makes; it is trained if it is not there."""
+    folder = Path(name)
+    assert folder in MADE, f"no train.py command of the README makes {name}"
+    if not folder.exists():
+        train_run(MADE[folder])
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    return folder
 
 
-def probe_command(flags):
+def files_of_sample(flags):
+    """Runs a command of sample.py -> its run, the files that it promises."""
+    args = sample.parse(flags)
+    folder = need_run(args.run)
+    sample.main([*flags, *"--n 3 --steps 2 --device cpu".split()])
+    if args.denoise:
+        return folder, ["denoise.png"]
+    return folder, ["samples.png", *["samples.npz"] * args.npz]
+
+
+def files_of_probe(flags):
     """Runs a command of probe.py on two noise levels; --compare on runs that are then probed."""
-    args = probe.parse(flags)
-    for run in map(need_run, args.compare or [args.run]):
-        if args.compare and not (run / "probe.json").exists():
-            probe.main([str(run), *"--t 10 300 --device cpu".split()])
+    args, few = probe.parse(flags), "--t 10 300 --device cpu".split()
+    folders = [need_run(name) for name in args.compare or [args.run]]
     stem = probe.stem(args)
-    expected = [f"{stem}-compare.png"] if args.compare else [f"{stem}.json", f"{stem}.png"]
-    for name in expected:
-        Path((args.compare or [args.run])[0], name).unlink(missing_ok=True)
-    probe.main(flags if args.compare else [*flags, *"--t 10 300 --device cpu".split()])
-    assert all(Path((args.compare or [args.run])[0], name).exists() for name in expected)
+    if not args.compare:
+        probe.main([*flags, *few])
+        return folders[0], [f"{stem}.json", f"{stem}.png"]
+    for folder in folders:
+        probe.main([str(folder), *few])
+    probe.main(flags)
+    return folders[0], [f"{stem}-compare.png"]
 
 
-@readme
 @pytest.mark.parametrize("words", RUN, ids=" ".join)
 def test_command(small, words):
     """Every command of the README runs, on a tiny budget, and writes what it promises.
 
-    Networks, data, images and steps are few and small, cifar10 and folder: are stand-ins, the FID is not
-    computed, and torchrun's scripts run in this process: the flags and the names are the README's. sample.py
-    and probe.py get the runs that train.py commands of the README make.
+    torchrun's scripts run in this process; sample.py and probe.py get the runs that train.py's commands make.
     """
-    found = script_and_flags(words)
-    if found is None:
-        return
-    script, flags = found
-    assert script in SCRIPTS, f"{script} is no script that this test knows"
+    script, flags = script_and_flags(words)
     if script == "train.py":
-        folder = train_run(flags)
-        assert (folder / "checkpoint.pt").exists() and (folder / f"samples-{2 * BATCH}.png").exists()
-        return
-    if script == "probe.py":
-        return probe_command(flags)
-    args = sample.parse(flags)
-    need_run(args.run)
-    expected = {"denoise.png"} if args.denoise else {"samples.png"} | ({"samples.npz"} if args.npz else set())
-    for name in expected:
-        Path(args.run, name).unlink(missing_ok=True)
-    sample.main([*flags, *"--n 3 --steps 2 --device cpu".split()])
-    assert all(Path(args.run, name).exists() for name in expected)
+        folder, names = train_run(flags), ["checkpoint.pt", f"samples-{2 * BATCH}.png"]
+    else:
+        folder, names = {"sample.py": files_of_sample, "probe.py": files_of_probe}[script](flags)
+    assert [name for name in names if not (folder / name).exists()] == []
 
 
-@readme
 def test_other_commands():
     """No script hides behind another first word than python or torchrun, where the test above misses it."""
-    others = [words for words in COMMANDS if words not in RUN]
-    assert not [words for words in others if any(word.endswith(".py") for word in words)]
+    assert not [words for words in COMMANDS if words not in RUN and ".py" in " ".join(words)]
 
 
-@readme
 @pytest.mark.parametrize("command", [
     "python train.py --model unet --size tiny --data shapes", "python -m pytest"])
 def test_two_commands(command):
@@ -215,34 +154,19 @@ def test_two_commands(command):
     assert re.search(rf"^ *{command} *(#.*)?$", TEXT, re.M)
 
 
-@readme
-def test_inline_commands(small):
-    """Whole commands in the running text and in tables pass their script's parser."""
-    for code in re.findall(r"`((?:python|torchrun) [^`]*\.py\b[^`]*)`", FENCES.sub("", TEXT)):
-        if not re.search(r"--help|\.\.\.|[\[\]<>|…]", code):                   # the rest are patterns
-            script, flags = script_and_flags(shlex.split(code))
-            assert script in SCRIPTS, code
-            getattr(SCRIPTS[script], "parse_config" if script == "train.py" else "parse")(flags)
-
-
-@readme
 def test_flags_exist(capsys):
     """Every --flag that the README mentions is one of our scripts', of torchrun's or of this test suite's."""
     known = get_args_parser().format_help()
     for file in ("tests/conftest.py", ".github/results/study.py", ".github/results/bench.py"):
         known += (ROOT / file).read_text(encoding="utf-8")
-    for script in SCRIPTS.values():
-        with pytest.raises(SystemExit) as exit:
+    for script in (train, sample, probe):
+        with pytest.raises(SystemExit):
             script.main(["--help"])
-        assert not exit.value.code
         known += capsys.readouterr().out
-    known = set(re.findall(r"--[a-z][\w-]*", known))
-    others = {word for words in COMMANDS if words not in RUN for word in words}     # of pip, git ...
-    text = re.sub(r"https?://\S+|<!--.*?-->", "", TEXT, flags=re.S)
-    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known - others
+    flag = r"(?<![\w-])--[a-z][\w-]*"
+    assert not set(re.findall(flag, TEXT)) - set(re.findall(flag, known))
 
 
-@readme
 def test_files_exist():
     """Every .py file that the README mentions exists."""
     names = re.findall(r"[\w./-]+\.py\b", re.sub(r"https?://\S+", "", TEXT))
@@ -257,26 +181,21 @@ def headings(text):
     return [re.sub(r"[^\w\- ]", "", title.lower().strip()).replace(" ", "-") for title in found]
 
 
-@readme
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page):
-    """Relative links of a page lead to files of the repository or to its headings; its pictures open."""
-    text, folder = FENCES.sub("", (ROOT / page).read_text(encoding="utf-8")), (ROOT / page).parent
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]*?src=\"([^\"]+)\"", text)
-    pictures = [link for links in pictures for link in links if link]
-    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"href=\"([^\"]+)\"", text)
-    links += re.findall(r"^\[[^\]]+\]: *(\S+)", text, re.M)
-    titles = headings(text)
-    assert pictures or page != "README.md", "a README without pictures that the code made"
-    for link in pictures + links:
+    """Relative links of a page lead to files of the repository or to headings; its pictures open."""
+    page = ROOT / page
+    text = FENCES.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"^\[[^\]]+\]: *(\S+)", text, re.M)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
         path, _, title = link.partition("#")
-        if not re.match(r"[a-z]+:", link):
-            assert (folder / path).exists(), link
-            if title and (not path or path.endswith(".md")):
-                assert title in (headings((folder / path).read_text()) if path else titles), link
-    for picture in pictures:
-        if not re.match(r"[a-z]+:", picture) and not picture.endswith(".svg"):
-            with Image.open(folder / picture) as image:
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not title or title in headings(target.read_text(encoding="utf-8")), link
+        if target.suffix == ".png":
+            with Image.open(target) as image:
                 image.verify()
 
 
@@ -294,57 +213,43 @@ def patched(file, *parts, page="README.md"):
             source = source.replace(old, new)
             applied += 1
     assert applied == len(parts), parts
-    module = types.ModuleType(file[:-3])
+    module = ModuleType(file[:-3])
     module.__file__ = str(ROOT / file)
     exec(compile(source, file, "exec"), module.__dict__)
     return module
 
 
-def moved(module, name):
-    """-> a patched network none of whose weights is zero."""
+def two_layers(net, feats):
+    return (feats["block_2"] + feats[net.bottleneck]).mean((2, 3)) / 2
+
+
+def attention(net, feats):
+    h = feats["mid"].flatten(2)
+    weight = (h * net.query[:, None]).sum(1).softmax(1)
+    return (h * weight[:, None]).sum(2)
+
+
+@pytest.mark.pins
+@pytest.mark.parametrize("name, parts, z", [
+    ("dit", ["last_two"], two_layers), ("unet", ["self.query =", "softmax"], attention)])
+def test_exercise_z(name, parts, z):
+    """Exercises 1 and 2: z is the mean of two layers' means, or one over the places whose weights learn."""
+    module = patched(f"{name}_selfcond.py", *parts)
+    build = getattr(module, train.MODELS[name].__name__)
     torch.manual_seed(0)
-    net_class = getattr(module, name)
-    net = net_class(image_size=16, **net_class.SIZES["tiny"])
+    net = build(image_size=16, **build.SIZES["tiny"])
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    return net
-
-
-X, T = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16), torch.tensor([10, 500])
-
-
-def reroutes(net, z):
-    """Is this z what the network says z is, and what reaches proj?"""
-    seen = []
+    x, t, seen = torch.randn(2, 3, 16, 16), torch.tensor([10, 500]), []
     net.proj.register_forward_hook(lambda proj, args, out: seen.append(args[0]))
-    _, said = net(X, T, return_z=True)
-    return all((z - other).abs().max() < 1e-5 for other in (seen[0], said, net.encode(X, T)))
-
-
-@pytest.mark.pins
-@readme
-def test_exercise_two_layers():
-    """Exercise 1: z is the mean of two layers' means."""
-    net = moved(patched("dit_selfcond.py", "last_two"), "DiT")
-    _, feats = net(X, T, return_features=True)
-    assert reroutes(net, (feats["block_2"] + feats[net.bottleneck]).mean((2, 3)) / 2)
-
-
-@pytest.mark.pins
-@readme
-def test_exercise_attention_pooling():
-    """Exercise 2: z is a weighted mean over the places; the query learns."""
-    net = moved(patched("unet_selfcond.py", "self.query =", "softmax"), "UNet")
-    eps, feats = net(X, T, return_features=True)
-    h = feats["mid"].flatten(2)
-    weight = (h * net.query[:, None]).sum(1).softmax(1)[:, None]
-    assert reroutes(net, (h * weight).sum(2))
+    eps, feats = net(x, t, return_features=True)
+    for found in (seen[0], net(x, t, return_z=True)[1], net.encode(x, t)):
+        assert error(found, z(net, feats)) < 1e-5
     eps.square().mean().backward()
-    assert net.query.grad.abs().max() > 0
+    assert [name for name, p in net.named_parameters() if not p.grad.any()] == []
 
 
 @pytest.mark.pins
-@readme
 def test_exercise_probe_head():
     """Exercise 3: two layers on whitened features learn what a linear layer cannot: exclusive or."""
     head = patched("probe.py", "eigh", page=".github/results/probe-head.md")
@@ -374,12 +279,6 @@ def test_claim(study, capsys):
     assert capsys.readouterr().out.strip() in TEXT
 
 
-def test_interval(study):
-    """The paired 95 % t-interval is mean +- t s / sqrt(n), t = 4.303 for three pairs (from tables)."""
-    mean, low, high = study.claim.interval([1.0, 2.0, 3.0])
-    assert abs(mean - 2) < 1e-9 and abs(high - 2 - 4.303 / 3 ** 0.5) < 1e-3 and abs(high + low - 4) < 1e-9
-
-
 @pytest.mark.pins
 def test_study_variants(study):
     """The lines that the study replaces are there; each variant says something else and encodes its z."""
@@ -394,22 +293,26 @@ def test_study_variants(study):
             said[name, variant], feats = net(x, t, return_features=True)
             z = feats[net.bottleneck].mean((2, 3))
             for found in (net.encode(x, t), net(x, t, return_z=True)[1]):
-                assert torch.allclose(found, z, atol=1e-5), variant
+                assert error(found, z) < 1e-5, variant
     for (name, variant), eps in said.items():
         others = [said[name, other] for other in study.VARIANTS[name] if other != variant]
-        assert all((eps - other).abs().max() > 1e-4 for other in others), (name, variant)
+        assert all(error(eps, other) > 1e-4 for other in others), (name, variant)
 
 
-def test_study_table(study):
-    """Differences of equal seeds, their mean and interval, bold where it excludes 0."""
-    def runs(variant, distances, tests):
-        return [dict(variant=variant, seed=s, distance=d, test=a)
-                for s, (d, a) in enumerate(zip(distances, tests))]
-    found = study.table(runs("baseline", [8.0, 8.2, 8.1], [0.5, 0.52, 0.5])
-                        + runs("z", [7.5, 7.71, 7.6], [0.51, 0.52, 0.55])
-                        + runs("w", [7.0], [0.6]) + runs("u", 3 * [None], 3 * [0.6])
-                        + runs("z distill 0.1", [7.4, 7.61, 7.5], [0.55, 0.56, 0.58]))
-    rows = dict(line.strip("| ").split(" | ", 1) for line in found.splitlines() if " " in line)
+def test_study_table(study, tmp_path, capsys):
+    """Differences of equal seeds, their mean and interval, bold where it excludes 0; --size changes sizes."""
+    lines = []
+    for variant, distances, tests in (
+            ("baseline", [8.0, 8.2, 8.1], [0.5, 0.52, 0.5]), ("z", [7.5, 7.71, 7.6], [0.51, 0.52, 0.55]),
+            ("w", [7.0], [0.6]), ("u", [None, None, None], [0.6, 0.6, 0.6]),
+            ("z distill 0.1", [7.4, 7.61, 7.5], [0.55, 0.56, 0.58])):
+        for seed, (distance, test) in enumerate(zip(distances, tests)):
+            lines.append(json.dumps(dict(variant=variant, seed=seed, distance=distance, test=test)))
+    (tmp_path / "dit.jsonl").write_text("\n".join(lines))
+    study.main(f"dit --seeds --size dim=128 depth=4 --out {tmp_path}/dit.jsonl".split())
+    assert study.SIZES["dit"] == dict(dim=128, depth=4, heads=4, patch=2)
+    said = capsys.readouterr().out.splitlines()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in said if " " in line)
     assert rows["baseline"] == "8.00 / 8.20 / 8.10 | 50.0 / 52.0 / 50.0"
     assert rows["z - baseline"] == "**-0.50 [-0.51, -0.48]** | +2.0 [-4.6, +8.6]"
     assert rows["w - baseline"] == "-1.00 | +10.0"                          # one pair has no interval
@@ -418,7 +321,6 @@ def test_study_table(study):
     assert rows["u - baseline"].startswith("- | ")
 
 
-@readme
 def test_study_pairs(study):
     """The page's tables of pairs are what the script makes of the published results, whose runs are there."""
     page = (RESULTS / "results.md").read_text(encoding="utf-8")
@@ -433,7 +335,6 @@ def test_study_pairs(study):
             assert study.read(run / "log.jsonl")[-1]["images"] == r["images"]
 
 
-@readme
 def test_probe_rows():
     """A row of a table that links a result of probe.py shows that result's place and scores."""
     page = (RESULTS / "results.md").read_text(encoding="utf-8")
@@ -464,16 +365,6 @@ def test_bench(monkeypatch, capsys):
     assert "s from the start to the end of the first step" in said
 
 
-def test_study_size(study, tmp_path, capsys):
-    """--size changes the network's sizes; without seeds the script only shows what its file holds."""
-    record = json.dumps(dict(variant="baseline", seed=0, distance=8.0, test=0.5))
-    (tmp_path / "dit.jsonl").write_text(record + "\n")
-    study.main(f"dit --seeds --size dim=128 depth=4 --out {tmp_path}/dit.jsonl".split())
-    assert study.SIZES["dit"] == dict(dim=128, depth=4, heads=4, patch=2)
-    assert capsys.readouterr().out.splitlines()[2:] == ["| baseline | 8.00 | 50.0 |"]
-
-
-@readme
 def test_licence():
     """The last section is the text of the MIT licence."""
     last = re.split(r"^## ", TEXT, flags=re.M)[-1]
@@ -490,27 +381,18 @@ def test_requirements():
 
 def test_top_level():
     """The top level holds the files of the design and hidden ones, nothing else."""
-    if not shutil.which("git"):
-        pytest.skip("git is not installed")
-    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode or not (ROOT / ".git").exists():
-        pytest.skip("this is no git repository")
-    names = {name.split("/")[0] for name in done.stdout.split("\0") if name}
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("this is no git repository, or git is not installed")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = {name.split("/")[0] for name in listed.splitlines()}
     assert not [name for name in names if name not in CARD and not name.startswith(".")]
 
 
-def test_functions_are_short():
-    """No function has more than 80 lines."""
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *RESULTS.glob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 80, f"{file.name}: {node.name}"
-
-
-def test_columns():
-    """No line of Python is longer than 110 columns."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *RESULTS.glob("*.py")]
-    lines = [(file.name, i, line) for file in files
-             for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)]
-    long = [place for *place, line in lines if len(line) > 110]
-    assert len(files) > 6 and not long
+@pytest.mark.parametrize("file", PYTHON, ids=lambda file: file.name)
+def test_form(file):
+    """No function has more than 80 lines, no line more than 110 columns."""
+    text = file.read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if len(line) > 110]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
