@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,13 +20,12 @@ from torch.distributed.run import get_args_parser
 import probe
 import sample
 import train
-from conftest import CPU, ROOT, error, few_shapes, speed_up
+from conftest import CPU, ROOT, error, few_shapes
 
 RESULTS = ROOT / ".github" / "results"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in RESULTS.glob("*.md"))]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *RESULTS.glob("*.py")]
-SCRIPTS = {"train.py": train, "sample.py": sample, "probe.py": probe}
 BATCH = 4                                           # of the tiny budget
 CARD = """README.md requirements.txt unet_selfcond.py uvit_selfcond.py dit_selfcond.py diffusion.py train.py
           probe.py sample.py tests""".split()
@@ -44,8 +44,6 @@ BLOCKS = re.findall(r"^ *```bash\n(.*?)^ *```", TEXT, re.M | re.S)
 LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
 COMMANDS = [shlex.split(part, comments=True) for line in LINES for part in line.split("&&")]
 RUN = [words for words in COMMANDS if words and words[0] in ("python", "torchrun") and words[1] != "-m"]
-MADE = {Path(train.parse_config(flags).out): flags                              # by train.py
-        for script, flags in map(script_and_flags, RUN) if script == "train.py"}
 
 
 class Vae:
@@ -71,8 +69,9 @@ def place(tmp_path_factory, photos):
 @pytest.fixture
 def small(place, monkeypatch):
     """Networks, data, VAE and numbers of steps are small; place is the working directory."""
-    speed_up(monkeypatch)
     few_shapes(monkeypatch, 20, 20)
+    draw = train.GaussianDiffusion.sample
+    monkeypatch.setattr(train.GaussianDiffusion, "sample", partialmethod(draw, steps=1))
     for net in train.MODELS.values():
         less = dict(dim=32, blocks=1) if "mults" in net.SIZES["tiny"] else dict(dim=32, depth=2, heads=2)
         monkeypatch.setattr(net, "SIZES", {size: {**kwargs, **less} for size, kwargs in net.SIZES.items()})
@@ -83,21 +82,23 @@ def small(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def train_run(flags):
-    """Runs train.py with a tiny budget appended -> the run's folder."""
+def files_of_train(flags):
+    """Runs a command of train.py on a tiny budget -> its run, the files that it promises."""
     folder = Path(train.parse_config(flags).out)
     if "--resume" not in flags:
         shutil.rmtree(folder, ignore_errors=True)   # the same run is trained by several commands
     train.main([*flags, *f"--images {2 * BATCH} --batch-size {BATCH} --device cpu --no-compile".split()])
-    return folder
+    return folder, ["checkpoint.pt", f"samples-{2 * BATCH}.png"]
 
 
 def need_run(name):
-    """The folder, without pictures, of a run that a command makes; it is trained if it is not there."""
-    folder = Path(name)
-    assert folder in MADE, f"no train.py command of the README makes {name}"
+    """The folder, without pictures, of a run that a command makes, which is done if it is not there."""
+    folder, commands = Path(name), map(script_and_flags, RUN)
+    of_train = [flags for script, flags in commands if script == "train.py"]
+    made = {Path(train.parse_config(flags).out): flags for flags in of_train}
+    assert folder in made, f"no train.py command of the README makes {name}"
     if not folder.exists():
-        train_run(MADE[folder])
+        files_of_train(made[folder])
     for picture in folder.glob("*.png"):
         picture.unlink()
     return folder
@@ -114,7 +115,7 @@ def files_of_sample(flags):
 
 
 def files_of_probe(flags):
-    """Runs a command of probe.py on two noise levels; --compare on runs that are then probed."""
+    """Runs a command of probe.py, on two noise levels -> its first run, the files that it promises."""
     args, few = probe.parse(flags), "--t 10 300 --device cpu".split()
     folders = [need_run(name) for name in args.compare or [args.run]]
     stem = probe.stem(args)
@@ -122,7 +123,8 @@ def files_of_probe(flags):
         probe.main([*flags, *few])
         return folders[0], [f"{stem}.json", f"{stem}.png"]
     for folder in folders:
-        probe.main([str(folder), *few])
+        if not (folder / "probe.json").exists():
+            probe.main([str(folder), *few])
     probe.main(flags)
     return folders[0], [f"{stem}-compare.png"]
 
@@ -134,10 +136,8 @@ def test_command(small, words):
     torchrun's scripts run in this process; sample.py and probe.py get the runs that train.py's commands make.
     """
     script, flags = script_and_flags(words)
-    if script == "train.py":
-        folder, names = train_run(flags), ["checkpoint.pt", f"samples-{2 * BATCH}.png"]
-    else:
-        folder, names = {"sample.py": files_of_sample, "probe.py": files_of_probe}[script](flags)
+    run = {"train.py": files_of_train, "sample.py": files_of_sample, "probe.py": files_of_probe}[script]
+    folder, names = run(flags)
     assert [name for name in names if not (folder / name).exists()] == []
 
 
@@ -187,6 +187,7 @@ def test_links(page):
     page = ROOT / page
     text = FENCES.sub("", page.read_text(encoding="utf-8"))
     links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"^\[[^\]]+\]: *(\S+)", text, re.M)
+    assert ".png)" in TEXT, "a README without pictures that the code made"
     for link in links:
         if re.match(r"[a-z]+:", link):
             continue
