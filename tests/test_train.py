@@ -444,16 +444,17 @@ def test_micro_batch(monkeypatch, flags):
     assert max(error(a[name], b[name]) for name in a) < 1e-5
 
 
-@pytest.mark.parametrize("flags, n", [("--model unet", 40), ("--model dit", 40),
-                                      ("--model uvit --batch-size 32", 80)])
-def test_learns(flags, n):
-    """The loss falls within a short run, in each of the networks."""
-    found = ready(f"{flags} --lr 4e-3 --warmup 160")
+@pytest.mark.parametrize("model, n", [("unet", 20), ("dit", 30), ("uvit", 40)])
+def test_learns(model, n):
+    """Each network soon knows a batch by heart: 0.2 of its loss is left, 0.5 where it does not see x."""
+    found = ready(f"--model {model} --lr 4e-3 --warmup 160")
+    batch = found.batches(0)
+    found.batches = lambda step: batch
     means = []
-    for _ in range(n // 20):
-        means.append(steps(found, 20).meter.means()[0])
+    for _ in range(n // 10):
+        means.append(steps(found, 10).meter.means()[0])
         found.meter = train.Meter(CPU, found.images)
-    assert means[-1] < 0.85 * means[0]
+    assert means[-1] < 0.35 * means[0]
 
 
 @each_model
