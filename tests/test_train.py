@@ -1,6 +1,5 @@
 """train.py: flags, data, batches, the loop, runs that go on, two processes, bad input. Runs are tiny."""
 import copy
-import hashlib
 import io
 import json
 import os
@@ -18,23 +17,21 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch import nn
 
 import diffusion
 import train
-from conftest import (COLOURS, CPU, MOVES, ROOT, TORCHRUN, argv, assert_same_run, config, end, error,
-                      fork_two, launch, load, log, losses, moments, picture, refused, run, run_two, same,
-                      train_in_fork, tree)
+from conftest import (COLOURS, CPU, MOVES, argv, assert_same_run, config, end, error, fork_two, load, log,
+                      losses, moments, picture, refused, run, run_two, same, train_in_fork, tree)
 
 pytestmark = pytest.mark.usefixtures("quick")
 each_model = pytest.mark.parametrize("model", train.MODELS)
 pins = pytest.mark.pins
 
 
-def ready(flags="", **more):
+def ready(flags=""):
     """A Run of the tiny shapes, at its start."""
     cfg = config(flags)
-    return train.prepare(cfg, train.load_data("shapes", "train", cfg.image_size), CPU, **more)
+    return train.prepare(cfg, train.load_data("shapes", "train", cfg.image_size), CPU)
 
 
 def steps(run, n=1):
@@ -57,20 +54,18 @@ def state_of(run):
 # --- config ---
 
 def test_help(capsys, monkeypatch):
-    """--help names every flag, and says what it is for."""
+    """--help says of every flag what it is for."""
     monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert not stop.value.code
     for f in fields(train.Config):
-        assert re.search(rf"--{f.name.replace('_', '-')}\b", text), f.name
         assert f.metadata["help"] and f.metadata["help"] % () in text, f.name
 
 
 def test_flags():
     """Every field of Config has a flag that sets it, and no other field."""
-    base = "--model uvit --size small".split()
+    base = "--model uvit --size small --distill 2".split()
     for f in fields(train.Config):
         flag, default = "--" + f.name.replace("_", "-"), f.default
         value = {str: "shapes", int: 7, float: 0.25, bool: not default}[f.type]
@@ -79,8 +74,7 @@ def test_flags():
         given = [flag, str(value)]
         if f.type is bool:
             given = [flag if value else flag.replace("--", "--no-")]
-        before = [*base, "--distill", "2"] if f.name == "distill_images" else base
-        cfg, plain = (asdict(train.parse_config([*before, *x])) for x in (given, []))
+        cfg, plain = (asdict(train.parse_config([*base, *x])) for x in (given, []))
         changed = {name for name in cfg if cfg[name] != plain[name]}
         assert cfg[f.name] == value and type(cfg[f.name]) is f.type
         follow = {"out", "images", "image_size"} - {f.name}                  # where these follow from others
@@ -97,9 +91,7 @@ RECIPE = {**train.TINY_SHAPES, "conditional": True, "target": "v", "schedule": "
                           compile=True, seed=0, image_size=32), marks=pins),
     ("--model unet", dict(size="base", out="runs/unet-base-cifar10")),
     ("--model uvit --no-self-cond", dict(size="small", out="runs/uvit-small-cifar10-baseline")),
-    ("--out here --no-self-cond", dict(out="here")),
     ("--minutes 5", dict(minutes=5.0, images=None)),
-    ("--minutes 5 --images 9", dict(minutes=5.0, images=9)),
     *[(f"--model {m} --size tiny --data shapes", {**RECIPE, "decay": train.TINY_IMAGES[m],
        "images": train.TINY_IMAGES[m], "out": f"runs/{m}-tiny-shapes"}) for m in train.MODELS],
     ("--size tiny --data shapes --lr 0.5 --no-conditional --target eps --batch-size 8 --decay 5 --images 77",
@@ -110,7 +102,6 @@ RECIPE = {**train.TINY_SHAPES, "conditional": True, "target": "v", "schedule": "
     ("--data folder:/some/where/photos", dict(out="runs/dit-small-photos", image_size=32)),
     ("--data folder:/some/where/photos --vae name", dict(out="runs/dit-small-photos", image_size=256)),
     ("--data latents:/some/where/photos", dict(out="runs/dit-small-photos", image_size=None)),
-    (f"--seed {2**70}", dict(seed=2**70)),
 ])
 def test_defaults(flags, expected):
     """Defaults are filled in; tiny with shapes has a recipe of its own; flags given by hand win."""
@@ -224,11 +215,11 @@ def test_cache(tmp_path, decoded):
 
     for name, colour in (("train/a/1.bmp", "red"), ("train/b/2.bmp", "blue"), ("test/a/3.bmp", "grey")):
         write(name, colour)
-    before, first, second = tree(root), look("12"), look("")
-    assert all(map(torch.equal, first[:2], second[:2])) and first[2:] == second[2:]
-    for expected, split, size in (("12", "train", 16), ("3", "test", 8), ("", "train", 8), ("", "train", 16),
-                                  ("", "test", 8)):
+    before, first = tree(root), look("12")
+    for expected, split, size in (("12", "train", 16), ("3", "test", 8), ("", "train", 16), ("", "test", 8)):
         look(expected, split, size)
+    second = look("")
+    assert all(map(torch.equal, first[:2], second[:2])) and first[2:] == second[2:]
     assert tree(root) == before and len(list(root.parent.iterdir())) == 4        # photos and three caches
 
     write("train/a/1.bmp", "green", time=2)
@@ -252,64 +243,49 @@ def test_no_cache(tmp_path, decoded, monkeypatch, capsys):
     def read_only(path, mode="r"):
         raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr(train, "open", read_only, raising=False)
-    for _ in range(2):
-        assert train.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
-        said = capsys.readouterr().out
-        assert "Permission denied" in said and said.count("\n") == 1
-    assert decoded == ["1.png"] * 2 and tree(tmp_path) == before
+    assert train.load_data(f"folder:{tmp_path}/photos", "train", 8).images.shape == (1, 3, 8, 8)
+    said = capsys.readouterr().out
+    assert "Permission denied" in said and said.count("\n") == 1
+    assert decoded == ["1.png"] and tree(tmp_path) == before
 
 
 def test_skip_bad(tmp_path, capsys):
-    """--skip-bad leaves out what can't be read, says how many, and trains on; it never becomes the cache."""
-    for i in range(18):
-        picture(tmp_path / "photos/train" / "ab"[i % 2] / f"{i:02}.png", "red" if i % 2 else "blue")
-    torn, empty = tmp_path / "photos/train/a/04.png", tmp_path / "photos/train/b/05.png"
+    """--skip-bad leaves out what can't be read and says how many; the rest never becomes the cache."""
+    for name, colour in (("a/1.png", "blue"), ("a/2.png", "red"), ("b/3.png", "grey"), ("b/4.png", "green")):
+        picture(tmp_path / "photos/train" / name, colour)
+    torn = tmp_path / "photos/train/a/2.png"
     torn.write_bytes(torn.read_bytes()[:40])
-    empty.write_bytes(b"")
+    (tmp_path / "photos/train/b/3.png").write_bytes(b"")
     spec = f"folder:{tmp_path}/photos"
     data = train.load_data(spec, "train", 8, skip_bad=True)
-    assert "left out 2" in capsys.readouterr().out
-    assert data.labels.tolist() == [0] * 8 + [1] * 8
-    assert (data.images[:, 0, 0, 0] == 255).long().equal(data.labels)
-    assert run(tmp_path / "run", "--skip-bad --images 16", "--data", spec)["images"] == 16
-    with pytest.raises(train.UserError, match="0[45].png"):
+    assert "left out 2" in capsys.readouterr().out and data.labels.tolist() == [0, 1]
+    assert data.images[:, :, 0, 0].tolist() == [list(COLOURS["blue"]), list(COLOURS["green"])]
+    with pytest.raises(train.UserError, match="[23].png"):
         train.load_data(spec, "train", 8)
 
 
 @pytest.mark.parametrize("spec", ["cifar10", "cifar100"])
 def test_cifar(tmp_path, monkeypatch, spec):
-    """CIFAR through torchvision: both splits, labels, class names; resized where a size is asked.
-
-    It did not run on the real thing: a few random images stand in, with torchvision's md5 lists patched.
-    """
+    """CIFAR as torchvision reads it, here from files of a few random images: both splits, any size."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: True)
     kind, K, rng = getattr(torchvision.datasets, spec.upper()), int(spec[5:]), np.random.default_rng(0)
     folder, names = Path("data") / kind.base_folder, [f"class {k}" for k in range(K)]
     folder.mkdir(parents=True)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    md5 = write(kind.meta["filename"], {kind.meta["key"]: names})
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
-    truth = {}
-    for split in ("train", "test"):
-        files = [name for name, _ in getattr(kind, f"{split}_list")]
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
+    for split, files in (("train", kind.train_list), ("test", kind.test_list)):
         pixels = rng.integers(0, 256, (len(files), 16, 3072), np.uint8)
         labels = rng.integers(0, K, (len(files), 16))
         key = "labels" if K == 10 else "fine_labels"
-        md5 = [write(name, {"data": x, key: y.tolist()}) for name, x, y in zip(files, pixels, labels)]
-        monkeypatch.setattr(kind, f"{split}_list", list(map(list, zip(files, md5))))
-        truth[split] = torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), labels.flatten().tolist()
-    for split, (images, labels) in truth.items():
+        for (name, _), x, y in zip(files, pixels, labels):
+            (folder / name).write_bytes(pickle.dumps({"data": x, key: y.tolist()}))
+        images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
         data, small = train.load_data(spec, split), train.load_data(spec, split, 16).images
         assert torch.equal(data.images, images) and data.images.is_contiguous() and data.masks is None
-        assert data.labels.tolist() == labels and data.classes == names
+        assert data.labels.tolist() == labels.flatten().tolist() and data.classes == names
         halved = images.float().unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5))
         assert small.dtype == torch.uint8 and small.shape[2:] == (16, 16)
         assert (small.float() - halved).abs().mean() < 16                    # picked, not averaged: 32
-    assert run(tmp_path / "run", "--images 16 --image-size 32", "--data", spec)["images"] == 16
 
 
 # --- batches ---
@@ -322,17 +298,18 @@ def noise_data():
     return train.Data(images, torch.arange(40) % 10, None, list(train.SHAPES))
 
 
-def batches(data, flags="", T=1000, **kw):
-    return train.Batches(data, config(flags), T, CPU, **kw)
+def batches(data, flags="", T=1000):
+    return train.Batches(data, config(flags), T, CPU)
 
 
 def test_batch_is_a_function_of_seed_and_step(noise_data):
-    """A batch depends on (seed, step) alone: not on what was asked before. All of it changes with both.
-
-    So where data is fetched ahead, and but for y without --conditional.
-    """
-    make = batches(noise_data)
+    """A batch, fetched ahead or not, is a function of (seed, step); all of it changes with both."""
+    make, process = batches(noise_data), train.GaussianDiffusion()
     first = {step: make(step) for step in range(6)}
+    views = [make.noisy_view(first[0][0], step, process) for step in (0, 1, 0)]
+    assert all(map(torch.equal, views[0], views[2])) and not any(map(torch.equal, views[0], views[1]))
+    t = views[0][1]
+    assert 0 <= t.min() and t.max() < train.TEACHER_T and len(t.unique()) > 8
     for flags in ("", "--no-resident", "--no-conditional"):
         again = batches(noise_data, flags)
         for step in (4, 0, 5, 5, 2, 1, 3):
@@ -342,21 +319,6 @@ def test_batch_is_a_function_of_seed_and_step(noise_data):
     assert not any(map(torch.equal, first[0], first[1]))
     for seed in (1, 2, 1000, 2**32, 2**70):
         assert not any(map(torch.equal, batches(noise_data, f"--seed {seed}")(3), first[3])), seed
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_shares_make_up_the_batch(noise_data, world):
-    """The processes' shares, one after the other, are the batch of one process; so with the other views."""
-    parts = [batches(noise_data, rank=rank, world=world) for rank in range(world)]
-    whole, process = batches(noise_data), train.GaussianDiffusion()
-    for step in range(3):
-        for name, all_, *shares in zip("x0 t noise y".split(), whole(step), *(part(step) for part in parts)):
-            assert len(shares[0]) == 16 // world and torch.equal(torch.cat(shares), all_), name
-        views = zip(*(part.noisy_view(part(step)[0], step, process) for part in parts))
-        x_t, t = whole.noisy_view(whole(step)[0], step, process)
-        assert all(torch.equal(torch.cat(a), b) for a, b in zip(views, (x_t, t)))
-        assert 0 <= t.min() and t.max() < train.TEACHER_T and len(t.unique()) > 8
-    assert not torch.equal(t, whole.noisy_view(whole(0)[0], 0, process)[1])
 
 
 def test_batch_contents(noise_data):
@@ -395,12 +357,12 @@ def test_ema_in_the_loop(tmp_path, monkeypatch):
             seen.append({k: v.double().clone() for k, v in part.state_dict().items()})
         update(ema, net, cfg, images)
     monkeypatch.setattr(train, "update_ema", watch)
-    state = run(tmp_path / "run", f"{MOVES} --images 400 --ema 15")
+    state = run(tmp_path / "run", f"{MOVES} --images 272 --ema 12")
     expected = seen[0]
     for k, net in enumerate(seen[1:], 1):
-        beta = 0.5 ** (16 / min(15, 16 * k / 20))          # 5 % of the images seen, at most --ema
+        beta = 0.5 ** (16 / min(12, 16 * k / 20))          # 5 % of the images seen, at most --ema
         expected = {name: beta * expected[name] + (1 - beta) * net[name] for name in net}
-    assert len(seen) == 26 and same(state["model"], {k: v.float() for k, v in seen[-1].items()})
+    assert len(seen) == 18 and same(state["model"], {k: v.float() for k, v in seen[-1].items()})
     assert error(state["ema"], expected) < 1e-6 < 1e-4 < error(state["ema"], state["model"])
 
 
@@ -419,25 +381,13 @@ def test_learning_rate(tmp_path, monkeypatch):
     assert state["optimizer"]["param_groups"][0]["lr"] == rates[-1]
 
 
-def not_rounding(monkeypatch, *runs):
-    """No clipping, or a gradient of the wrong size would not show; and a larger eps in Adam.
-
-    Before a GroupNorm of one channel a group, a bias has no gradient but rounding noise, which Adam would
-    turn into real steps.
-    """
-    monkeypatch.setattr(train, "CLIP", 1e9)
-    for run in runs:
-        run.optimizer.param_groups[0]["eps"] = 1e-4
-
-
-@pytest.mark.parametrize("flags", [*(f"--model {model}" for model in train.MODELS), "--distill 0.5"])
+@pytest.mark.parametrize("flags", ["--model unet", "--model dit --distill 0.5"])
 def test_micro_batch(monkeypatch, flags):
-    """--micro-batch changes memory, not the result: weights, averages, gradients and losses within 1e-5.
-
-    With distillation as well: its keys come from the whole batch.
-    """
+    """--micro-batch changes memory, not the result; with distillation, the keys are of the whole batch."""
     whole, parts = (ready(f"{flags} {MOVES} --micro-batch {m}") for m in (16, 4))
-    not_rounding(monkeypatch, whole, parts)
+    monkeypatch.setattr(train, "CLIP", 1e9)          # or a gradient of the wrong size would not show
+    for found in (whole, parts):
+        found.optimizer.param_groups[0]["eps"] = 1e-4        # or rounding noise would become real steps
     first = {k: v.clone() for k, v in whole.net.state_dict().items()}
     a, b = state_of(steps(whole, 6)), state_of(steps(parts, 6))
     assert error(a["model"], first) > 1e-3
@@ -466,25 +416,15 @@ def test_twins(model):
     assert steps(on, 7).meter.means()[0] != steps(off, 7).meter.means()[0]
 
 
-def test_meter():
-    """Means over the steps since the last record, on from what a checkpoint holds; no step is no error."""
-    meter = train.Meter(CPU, 64, [3.0, 1.0], 2)
-    meter.denoising += 3
-    meter.steps += 1
-    assert meter.means() == pytest.approx((2, 1 / 3, 0)) and meter.images == 64
-    assert train.Meter(CPU, 0).means() == (0, 0, 0)
-
-
 # --- contrastive self-distillation ---
 
-DISTILL = f"{MOVES} --distill 0.5 --images 96"
 NEUTRAL = torch.tensor([[1, .5, .5, 0]])
 
 
 def test_contrast():
     """InfoNCE by its formula, image by image; in float32 also under autocast."""
     p, keys, own = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([2, 0, 3])
-    likeness = nn.functional.cosine_similarity(p[:, None], keys[None], dim=2) / 0.2
+    likeness = torch.cosine_similarity(p[:, None], keys[None], dim=2) / 0.2
     expected = torch.stack([-(row[i].exp() / row.exp().sum()).log() for row, i in zip(likeness, own)])
     assert error(diffusion.contrast(p, keys, own), expected) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
@@ -508,10 +448,9 @@ def test_augment():
     ("", 0, 0), *[("--distill 0.5 --distill-images 48", *x) for x in ((0, 0.5), (24, 0.25))]])
 @each_model
 def test_one_step(model, flags, images, weight):
-    """A step by hand: the mean loss of its batch, the gradient of that mean, clipped, into AdamW.
+    """A step by hand: the mean loss, its gradient, clipped, into AdamW; with distillation both losses.
 
-    With distillation both losses, weighted: the teacher is the EMA, not the network itself; it sees another
-    view, and the less noise, the more an image counts. Everything else starts as without.
+    The teacher is the EMA and sees another view; the less noise, the more an image counts.
     """
     flags = f"--model {model} {flags}"
     cfg, found, plain = config(flags), ready(flags), ready(f"--model {model}")
@@ -544,52 +483,32 @@ def test_one_step(model, flags, images, weight):
 
 def test_distill_fades(tmp_path, monkeypatch):
     """Its weight falls linearly to 0; from then on the teacher is not asked and the log has no loss of it."""
-    cfg = config("--distill 0.5 --distill-images 48")
+    flags = "--distill 0.5 --distill-images 48 --images 96"
+    cfg = config(flags)
     assert [train.distill_weight(cfg, images) for images in (0, 24, 36, 48, 99)] == [0.5, 0.25, 0.125, 0, 0]
     assert train.distill_weight(config("--distill 0.5"), 10**9) == 0.5
-    assert train.distill_weight(config(), 0) == 0
     monkeypatch.setattr(train, "LOG_STEPS", 1)
     asked = []
     monkeypatch.setattr(train, "teacher_keys", lambda *x: asked.append(1) or diffusion.teacher_keys(*x))
-    run(tmp_path / "run", f"{DISTILL} --distill-images 48")
+    run(tmp_path / "run", flags)
     assert ["distill" in r for r in log(tmp_path / "run")[1]] == [True] * 3 + [False] * 3 and len(asked) == 3
-
-
-def test_distill_resume(tmp_path, monkeypatch, capsys):
-    """A distilled run resumes bit for bit, both losses too; load_run gives its EMA, frozen."""
-    monkeypatch.setattr(train, "LOG_STEPS", 4)
-    flags = f"{DISTILL} --distill-images 80"
-    whole = run(tmp_path / "whole", flags)
-    run(tmp_path / "run", f"{flags} --images 32")
-    assert_same_run(run(tmp_path / "run", f"{flags} --resume"), whole)
-    expected, found = (losses(tmp_path / name, "distill") for name in ("whole", "run"))
-    assert found.items() >= expected.items()
-    with refused(capsys, "distill"):
-        run(tmp_path / "run", f"{MOVES} --images 128 --resume")
-    state, net, process = train.load_run(tmp_path / "run", CPU)
-    assert same(net.state_dict(), whole["ema"]) and error(whole["ema"], whole["model"]) > 1e-5
-    assert not net.training and not any(p.requires_grad for p in net.parameters()) and process.target == "v"
-    run(tmp_path / "baseline", f"{DISTILL} --no-self-cond")
-    assert not hasattr(train.load_run(tmp_path / "baseline", CPU)[1], "proj")
 
 
 # --- what a run leaves behind ---
 
-@pytest.mark.parametrize("conditional, size", [(True, 8), (False, 16)])
-def test_run_folder(tmp_path, capsys, conditional, size):
+def test_run_folder(tmp_path, capsys):
     """config.json, checkpoint.pt, log.jsonl, samples-<images>.png; the last line says where they lie."""
-    out, flag = tmp_path / "some/run", "" if conditional else "--no-conditional"
-    state = run(out, f"--images 340 --image-size {size} {flag}")
+    out = tmp_path / "some/run"
+    out.mkdir(parents=True)                                              # an empty folder is not in the way
+    state = run(out, "--images 340")
     assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "log.jsonl", "samples-352.png"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert all(str(out / name) in last for name in ("checkpoint.pt", "log.jsonl", "samples-352.png"))
 
     cfg = json.loads((out / "config.json").read_text())
-    asked = asdict(train.parse_config(argv(out, f"--images 340 --image-size {size} {flag}")))
-    assert cfg == asked == state["config"]
-    assert set(state) >= {"step", "images", "config", "model", "ema", "optimizer", "scaler", "classes"}
+    assert cfg == asdict(train.parse_config(argv(out, "--images 340"))) == state["config"]
     assert state["step"] == 22 and state["images"] == 352 and state["classes"] == list(train.SHAPES)
-    assert state["shape"] == [3, size, size] and state["num_classes"] == 10 * conditional
+    assert state["shape"] == [3, 8, 8] and state["num_classes"] == 10
 
     head, rest = log(out)
     assert head["config"] == cfg and head["parameters"] == sum(v.numel() for v in state["model"].values())
@@ -601,8 +520,7 @@ def test_run_folder(tmp_path, capsys, conditional, size):
         assert 0 < record["loss"] < 2 and record["images_per_second"] > 0 <= record["seconds"]
 
     with Image.open(out / "samples-352.png") as image:                   # tiles of 64 px, 4 px between them
-        assert image.size == ((10 if conditional else 8) * 68 + 4, 8 * 68 + 4)
-        assert image.mode == "RGB" and len(image.getcolors(10**6)) > 100
+        assert image.size == (10 * 68 + 4, 8 * 68 + 4) and len(image.getcolors(10**6)) > 100
 
 
 def test_how_often(tmp_path, monkeypatch):
@@ -637,11 +555,8 @@ def test_preview(tmp_path, monkeypatch):
 # --- budgets ---
 
 @pytest.mark.parametrize("flags, seconds, images, asked, expected", [
-    ("--images 64", 0, 48, [], (False, 0)),
-    ("--images 64", 0, 64, [], (True, 0)),
     ("--images 64 --minutes 1", 59, 48, [], (False, 0)),
     ("--images 64 --minutes 1", 61, 48, [], (True, 0)),
-    ("--images 64 --minutes 1", 0, 64, [], (True, 0)),
     ("--images 64", 0, 0, [15], (False, 15)),
     ("--images 64", 0, 64, [2, 15], (True, 15)),
 ])
@@ -653,48 +568,46 @@ def test_stop_requested(flags, seconds, images, asked, expected):
 
 # --- stop and go on ---
 
-NETS = {"dit": "--model dit", "dropout": "--model unet", "half": "--model dit --precision fp16"}
-
-
-@pytest.mark.parametrize("kind", NETS)
-def test_resume(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("flags", ["--model unet", "--precision fp16", "--distill 0.5 --distill-images 80"])
+def test_resume(tmp_path, monkeypatch, flags):
     """Stopped between two log points and resumed, a run equals an uninterrupted one, bit for bit.
 
-    Weights, EMA, optimizer, loss scale and logged losses; a UNet with dropout, a DiT, and one in fp16.
+    Weights, EMA, optimizer, loss scale, losses; so with dropout. load_run gives its EMA, frozen.
     """
     monkeypatch.setattr(train, "LOG_STEPS", 2)
     monkeypatch.setitem(train.UNet.SIZES, "tiny", {**train.UNet.SIZES["tiny"], "dropout": 0.3})
-    flags = f"{MOVES} {NETS[kind]}"
+    flags = f"{MOVES} {flags}"
     whole = run(tmp_path / "whole", f"{flags} --images 80")
     run(tmp_path / "run", f"{flags} --images 48")
     run(tmp_path / "run", f"{flags} --images 48 --resume")           # nothing left to do: nothing changes
     assert_same_run(run(tmp_path / "run", f"{flags} --images 80 --resume --save-every 32"), whole)
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "run")
-    assert list(expected) == [32, 64, 80] and {i: found[i] for i in expected} == expected
+    for name in ("loss", "distill"):
+        expected, found = losses(tmp_path / "whole", name), losses(tmp_path / "run", name)
+        assert list(expected) == [32, 64, 80] and {i: found[i] for i in expected} == expected
+    _, net, process = train.load_run(tmp_path / "run", CPU)
+    assert same(net.state_dict(), whole["ema"]) and error(whole["ema"], whole["model"]) > 1e-5
+    assert not net.training and not any(p.requires_grad for p in net.parameters()) and process.target == "v"
 
 
-def test_resume_without_checkpoint(tmp_path):
+def test_resume_without_checkpoint(tmp_path, old_run):
     """--resume where there is no checkpoint starts afresh, whatever else lies there."""
-    whole = run(tmp_path / "whole")
-    assert_same_run(run(tmp_path / "new", "--resume"), whole)
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/log.jsonl").write_text('{"config": {}}\n{"images": 16, "loss": 9}\n{"images": 999}\n')
-    (tmp_path / "old/checkpoint.pt.part").write_bytes(b"half a file")
-    assert_same_run(run(tmp_path / "old", "--resume"), whole)
-    assert losses(tmp_path / "old") == losses(tmp_path / "whole")
-    assert log(tmp_path / "old")[0]["config"]["model"] == "dit"
-    assert {p.name for p in (tmp_path / "old").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"config": {}}\n{"images": 16, "loss": 9}\n{"images": 999}\n')
+    (out / "checkpoint.pt.part").write_bytes(b"half a file")
+    assert_same_run(run(out, "--images 32 --resume"), load(old_run))
+    assert losses(out) == losses(old_run) and log(out)[0]["config"]["model"] == "dit"
+    assert tree(out).keys() == tree(old_run).keys()
 
 
-def test_resume_elsewhere(tmp_path):
+def test_resume_elsewhere(tmp_path, old_run):
     """A run folder may be moved, and resumed with another budget, micro-batch, rhythm and precision."""
-    run(tmp_path / "a", "--images 32")
-    (tmp_path / "a").rename(tmp_path / "b")
-    state = run(tmp_path / "b", "--images 64 --resume --micro-batch 8 --save-every 16 --sample-every 16")
-    assert state["images"] == 64 and state["config"]["out"] == str(tmp_path / "b")
-    assert json.loads((tmp_path / "b/config.json").read_text()) == state["config"]
-    assert run(tmp_path / "b", "--images 96 --resume --precision fp16")["scaler"]["scale"] > 1
-    assert run(tmp_path / "b", "--images 128 --resume --precision fp32")["images"] == 128
+    out = old_run.rename(tmp_path / "moved")
+    rhythm = "--save-every 16 --sample-every 32"
+    state = run(out, f"--images 64 --resume --micro-batch 8 {rhythm} --precision fp16")
+    assert state["images"] == 64 and state["config"]["out"] == str(out) and state["scaler"]["scale"] > 1
+    assert json.loads((out / "config.json").read_text()) == state["config"]
+    assert run(out, "--images 96 --resume --precision fp32")["images"] == 96
 
 
 # --- several processes ---
@@ -715,25 +628,8 @@ def test_two_processes(tmp_path, photos, flags):
     assert log(tmp_path / "two")[0]["device"].startswith("2 x cpu")
 
 
-def test_torchrun(tmp_path, photos):
-    """torchrun --nproc_per_node=2 train.py: a folder that two processes decode trains as it does with one."""
-    for name in ("one", "two"):
-        shutil.copytree(photos, tmp_path / name / "photos")
-    one, two = (argv(tmp_path / name / "run", MOVES, "--data", f"folder:{tmp_path / name / 'photos'}")
-                for name in ("one", "two"))
-    code, _, err = launch(*TORCHRUN, ROOT / "train.py", *two)
-    assert code == 0, err
-    train.main(one)
-    assert error(moments(load(tmp_path / "one/run")), moments(load(tmp_path / "two/run"))) < 1e-5
-    cached = [np.load(tmp_path / name / "photos-train-8px.npz") for name in ("one", "two")]
-    assert all(np.array_equal(cached[0][name], cached[1][name]) for name in ("images", "stamp"))
-
-
 def decode_in_fork(folder, skip_bad, lost):
-    """Loads a folder of images in one process of two; leaves what it found and which files it decoded.
-
-    lost: in the second one, the cache cannot be read.
-    """
+    """Leaves what one process of two found in a folder; lost: the second one cannot read the cache."""
     _, rank, _ = train.setup("cpu")
     names, real = [], train.decode
     train.decode = lambda path, *rest: names.append(path.name) or real(path, *rest)
@@ -744,10 +640,7 @@ def decode_in_fork(folder, skip_bad, lost):
 
 
 def test_two_processes_decode(tmp_path, photos):
-    """Each of two processes decodes a share of a folder; both have all images, and leave the cache of one.
-
-    A cache that one of them cannot read is made again by both, and none waits; so with images left out.
-    """
+    """Each of two processes decodes a share of a folder; both have all images, and leave the cache of one."""
     shutil.copytree(photos, tmp_path / "photos")
     for path in tmp_path.glob("photos/train/b/0[13579].png"):
         path.unlink()                                                        # 35: not to be halved
@@ -775,19 +668,15 @@ def test_two_processes_decode(tmp_path, photos):
     assert len(expected.images) == 34 and not cache.exists()
 
 
-@pytest.mark.parametrize("case", ["missing", "unreadable"])
-def test_bad_input_of_two_processes(tmp_path, photos, case):
+def test_bad_input_of_two_processes(tmp_path, photos):
     """What only one process can see ends both: one sentence, no traceback, nothing written, none waits."""
-    words = f"{tmp_path}/photos has no train images"
-    if case == "unreadable":
-        shutil.copytree(photos, tmp_path / "photos")
-        bad = tmp_path / "photos/train/b/39.png"                             # the last of the second's share
-        bad.write_bytes(b"this is no image")
-        words = str(bad)
+    shutil.copytree(photos, tmp_path / "photos")
+    bad = tmp_path / "photos/train/b/39.png"                                 # the last of the second's share
+    bad.write_bytes(b"this is no image")
     before = tree(tmp_path)
     both = fork_two(train_in_fork, argv(tmp_path / "run", f"--data folder:{tmp_path}/photos"))
     (code, _, err), (other, _, nothing) = [end(process) for process in both]
-    assert code == other == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    assert code == other == 2 and err.startswith("error: ") and err.count("\n") == 1 and str(bad) in err, err
     assert nothing == "" and tree(tmp_path) == before
 
 
@@ -818,47 +707,56 @@ def test_processes_and_batch(tmp_path):
 
 # --- bad input ---
 
+# of a resumed run, and what it was begun with
+OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-size 12": "image_size 8",
+          "--data shapes:full": "shapes", "--no-self-cond": "self_cond True", "--target eps": "target v",
+          "--schedule linear": "schedule cosine", "--no-conditional": "conditional True",
+          "--seed 1": "seed 0", "--batch-size 32": "batch_size 16", "--distill 1": "distill None",
+          "--decay 7": f"decay {train.TINY_IMAGES['dit']}",
+          **{f"--{name} 7": f"{name} {train.TINY_SHAPES[name]}" for name in ("lr", "ema", "warmup")}}
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--data nonsense", "nonsense cifar10 folder: shapes"),
     ("--data shapes:half", "shapes:half shapes:full"),
     ("--data latents:nowhere --vae x", "latents:nowhere --vae"),
     ("--model dit --image-size 10", "dit tiny 10 4"),
-    ("--model uvit --image-size 10", "uvit tiny 10 4"),
-    ("--model unet --image-size 10", "unet tiny 10 4"),
-    ("--model unet --size base --image-size 12", "unet base 12 8"),
-    ("--model dit --image-size 2", "2 4"),
     ("--batch-size 401", "--batch-size 401 400"),
     ("--micro-batch 5", "--micro-batch 5 16"),
-    ("--micro-batch 32", "--micro-batch 32 16"),
     ("--model resnet", "--model resnet unet uvit dit"),
     ("--size huge", "--size huge dit tiny small base large xlarge"),
     ("--model unet --size small", "--size small unet tiny base"),
     ("--target x0", "--target x0 eps v"),
     ("--schedule sigmoid", "--schedule sigmoid linear cosine"),
     ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
-    ("--images many", "--images many"),
     ("--images 1.5", "--images 1.5"),
     ("--distill-images 9", "--distill-images --distill 0.02"),
     ("--bogus", "--bogus --help"),
     ("--device cuda", "--device cuda cpu"),
-    ("--device mps", "--device mps cpu"),
     ("--device tpu", "--device tpu cpu"),
     ("--lr nan", "--lr nan 0"),
-    ("--seed 1e3", "--seed 1e3"),
     ("--seed -1", "--seed -1"),
     ("--out a-file/run", "a-file/run"),
-    *[(f"--{f.name.replace('_', '-')} {value}", f"--{f.name.replace('_', '-')} {f.type(value)} 0")
-      for f in fields(train.Config) if f.type in (int, float) and f.name != "seed" for value in (0, -5)],
+    *[(f"--out {out}", f"{out} --resume --out") for out in ("run", "other", "a-file")],
+    *[(f"--{f.name.replace('_', '-')} 0", f"--{f.name.replace('_', '-')} {f.type(0)} 0")
+      for f in fields(train.Config) if f.type in (int, float) and f.name != "seed"],
+    *[(f"--out run --resume {flags}", f"run/checkpoint.pt {words}") for flags, words in OTHERS.items()],
 ])
-def test_bad_flags(tmp_path, monkeypatch, capsys, flags, words):
-    """What can't be is refused in one sentence that names the value and what can; nothing is written."""
+def test_bad_flags(tmp_path, old_run, monkeypatch, capsys, flags, words):
+    """What can't be is refused in one sentence that names the value and what can; nothing is written.
+
+    No run or other file is overwritten; a checkpoint of another experiment is not resumed.
+    """
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a-file").write_text("")
+    (tmp_path / "a-file").write_text("do not lose me")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("do not lose me")
+    before = tree(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with refused(capsys, *words.split()):
-        train.main(argv("run", flags))
-    assert set(tree(tmp_path)) == {"a-file"}
+        train.main(argv("new", flags))
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("spec", ["cifar10", "cifar100"])
@@ -874,29 +772,27 @@ def test_no_network(tmp_path, monkeypatch, capsys, spec, problem):
     assert not (tmp_path / "run").exists()
 
 
-def jpeg(part):
-    """The first part of a JPEG of 64 x 64 pixels."""
-    file, pixels = io.BytesIO(), np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()[:int(part * len(file.getvalue()))]
+def encoded(kind, side):
+    """An image file's bytes."""
+    file = io.BytesIO()
+    Image.effect_noise((side, side), 50).save(file, kind)
+    return file.getvalue()
 
 
-GOOD = {f"train/{'ab'[i % 2]}/{i}.png": "red" for i in range(16)}
-FOLDERS = {             # case -> what lies in the folder: a picture, bytes, or a folder; flags; words
-    "missing": (None, "", "photos has no train images"),
+GOOD = {f"train/{'ab'[i % 2]}/{i}.png": encoded("PNG", 8) for i in range(16)}
+FLAT = {f"{i}.png": encoded("PNG", 8) for i in range(16)}
+JPEG = encoded("JPEG", 64)
+FOLDERS = {             # case -> files, flags, words
+    "missing": ({}, "", "photos has no train images"),
     "no images": ({"notes.txt": b"no image"}, "", "photos has no images"),
-    "empty train": ({"train": None}, "", "train has no images: train/<class>/"),
-    "no classes": ({"train/1.png": "red"}, "", "train train/<class>/"),
-    "empty classes": ({"train/a": None, "train/b": None}, "", "train no images"),
-    "one class": ({f"{i}.png": "red" for i in range(16)}, "", "--conditional one"),
-    "new class in test": ({**GOOD, "test/unknown/1.png": "red"}, "", "unknown test train"),
+    "empty train": ({"train/notes.txt": b""}, "", "train has no images: train/<class>/"),
+    "empty classes": ({"train/a/notes.txt": b"", "train/b/notes.txt": b""}, "", "train no images"),
+    "one class": (FLAT, "", "--conditional one"),
+    "new class in test": ({**GOOD, "test/unknown/1.png": b""}, "", "unknown test train"),
     "unreadable": ({**GOOD, "train/b/7.png": b"this is no image"}, "", "photos/train/b/7.png --skip-bad"),
-    "empty file": ({**GOOD, "train/b/7.jpg": b""}, "", "photos/train/b/7.jpg --skip-bad"),
-    "cut at 20 %": ({**GOOD, "train/b/7.jpg": jpeg(0.2)}, "", "photos/train/b/7.jpg --skip-bad"),
-    "cut at 90 %": ({**GOOD, "train/b/7.jpg": jpeg(0.9)}, "", "photos/train/b/7.jpg --skip-bad"),
-    "a bomb": ({**GOOD, "train/b/7.jpg": jpeg(1)}, "", "photos/train/b/7.jpg --skip-bad"),
-    "all unreadable": ({name: b"\x89PNG\r\n\x1a\n" for name in GOOD}, "", "photos --skip-bad"),
-    "all left out": ({name: b"\x89PNG\r\n\x1a\n" for name in GOOD}, "--skip-bad", "none photos"),
+    "cut at 90 %": ({**GOOD, "train/b/7.jpg": JPEG[:-99]}, "", "photos/train/b/7.jpg --skip-bad"),
+    "a bomb": ({**GOOD, "train/b/7.jpg": JPEG}, "", "photos/train/b/7.jpg --skip-bad"),
+    "all left out": (dict.fromkeys(GOOD, b""), "--skip-bad", "none photos"),
 }
 
 
@@ -905,48 +801,14 @@ def test_bad_folder(tmp_path, monkeypatch, capsys, case):
     """A folder that won't do is refused in one sentence; nothing is written."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     files, flags, words = FOLDERS[case]
-    for name, content in (files or {}).items():
+    for name, content in files.items():
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.mkdir()
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            picture(path, content)
+        path.write_bytes(content)
     before = tree(tmp_path)
     with refused(capsys, str(tmp_path), *words.split()):
         train.main(argv(tmp_path / "run", f"--conditional {flags}", "--data", f"folder:{tmp_path}/photos"))
     assert {k: v for k, v in tree(tmp_path).items() if not k.endswith(".npz")} == before
-
-
-def test_never_overwritten(tmp_path, old_run, capsys):
-    """An existing run, or any folder that isn't empty, is refused without --resume and stays as it is."""
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/thesis.txt").write_text("do not lose me")
-    (tmp_path / "file").write_text("do not lose me")
-    before = tree(tmp_path)
-    for out in ("run", "other", "file"):
-        with refused(capsys, str(tmp_path / out), "--resume", "--out"):
-            train.main(argv(tmp_path / out))
-    assert tree(tmp_path) == before
-    (tmp_path / "empty").mkdir()
-    assert run(tmp_path / "empty", "--images 16")["images"] == 16
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--model uvit", "model dit"), ("--size small", "size tiny"), ("--image-size 12", "image_size 8"),
-    ("--data shapes:full", "shapes"), ("--no-self-cond", "self_cond True"), ("--target eps", "target v"),
-    ("--schedule linear", "schedule cosine"), ("--no-conditional", "conditional True"),
-    ("--seed 1", "seed 0"), ("--batch-size 32", "batch_size 16"), ("--distill 1", "distill None"),
-    ("--decay 7", f"decay {train.TINY_IMAGES['dit']}"),
-    *[(f"--{name} 7", f"{name} {train.TINY_SHAPES[name]}") for name in ("lr", "ema", "warmup")]])
-def test_another_run(old_run, capsys, flags, words):
-    """A checkpoint of another experiment is refused, with the flag that differs; the folder stays."""
-    before = tree(old_run)
-    with refused(capsys, str(old_run / "checkpoint.pt"), *words.split()):
-        train.main(argv(old_run, f"--resume --images 64 {flags}"))
-    assert tree(old_run) == before
 
 
 # --- device and precision ---
