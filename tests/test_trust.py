@@ -107,7 +107,7 @@ def stopped_in_fork(flags):
     train.main(flags)
 
 
-@pytest.mark.parametrize("who", ["second", pytest.param("torchrun", marks=slow)])
+@pytest.mark.parametrize("who", ["second", "torchrun"])
 def test_asked_to_stop(tmp_path, photos, who):
     """SIGTERM to one of two processes, or to torchrun: both finish the same step, which is saved.
 
