@@ -387,6 +387,17 @@ def test_refused(trained, latents, vae, mine, tmp_path, capsys, monkeypatch, scr
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("value, words", [(1, "constant"), (1e6, "float16")])
+def test_useless_vae(mine, vae, tmp_path, monkeypatch, capsys, value, words):
+    """A VAE whose latents are all the same, or too large for float16, is refused; nothing stays."""
+    monkeypatch.setattr(train, "to_latents", lambda vae, x: torch.full_like(x[:, :1, ::2, ::2], value))
+    monkeypatch.setattr(train, "knows_images", lambda vae: True)
+    before = tree(tmp_path)
+    with refused(capsys, words):
+        train.main(flags(mine, vae, tmp_path / "run"))
+    assert tree(tmp_path) == before
+
+
 def test_resume_on_other_latents(mine, vae, tmp_path, capsys):
     """A run whose images changed is not resumed; where files are only newer, it goes on."""
     run = tmp_path / "run"

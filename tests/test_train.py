@@ -127,6 +127,19 @@ def test_shapes(spec, size):
     assert (data.images != other.images).flatten(1).any(1).all()
 
 
+@pins
+@pytest.mark.parametrize("spec, areas, bright, bright_test", [
+    ("shapes", [.2647, .2647, .2656, .1549, .1792, .2154, .1851, .2608, .1537, .1443], 56.53, 57.37),
+    ("shapes:full", [.1751, .1968, .1765, .1104, .1166, .1458, .1330, .1788, .1013, .0972], 126.06, 122.82)])
+def test_shapes_stay(spec, areas, bright, bright_test):
+    """The shapes are those that numbers were published of: how much each one fills, how bright all are."""
+    data, test = (train.load_data(spec, split) for split in ("train", "test"))
+    found = [(data.masks[data.labels == k] > 0).float().mean().item() for k in range(10)]
+    assert found == pytest.approx(areas, abs=2e-4)
+    assert data.images.float().mean().item() == pytest.approx(bright, abs=0.02)
+    assert test.images.float().mean().item() == pytest.approx(bright_test, abs=0.02)
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_masks(size):
     """A mask is its image's class + 1 where the image is bright, 0 where it is dark."""
