@@ -139,7 +139,7 @@ class GaussianDiffusion:
         s = self.sqrt_1m_abar.tolist() + [0.0]
         times = torch.linspace(self.T - 1, -1, steps + 1).round().long().tolist()         # T-1, ..., -1
         x = noise
-        for t, r in zip(tqdm(times[:-1], desc="sampling", leave=False, delay=2), times[1:]):
+        for t, r in zip(tqdm(times[:-1], desc="sampling", leave=False, delay=2, disable=None), times[1:]):
             ts = torch.full((len(x),), t, device=x.device)
             out = self.predict(net, x, ts, y, null, guidance)
             x0, eps = self.to_x0_eps(out, x, ts)

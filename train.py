@@ -12,12 +12,14 @@ In this order: errors, config, data sets, latents, device and run tools, checkpo
 import argparse
 import copy
 import functools
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -25,11 +27,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import namedtuple
+import zipfile
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +62,8 @@ CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
-LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format)   # of images
+LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format,
+              meta=torch.contiguous_format)      # of images
 VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 
 
@@ -67,15 +73,51 @@ class UserError(Exception):
     """Bad input: one sentence that says what was wrong, with which value, and what to do. Exit code 2."""
 
 
+class OwnError(UserError):
+    """What one process alone may have met: each that does says it itself."""
+
+
 def require(ok, message):
     if not ok:
         raise UserError(message)
 
 
-def say(message, file=None):
-    """One line on the console, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message, file=file)
+def is_first():
+    """Is this the process that speaks?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message, file=None, everyone=False):
+    """One line on the console, from the first process unless everyone may speak.
+
+    Names of files and classes may hold what a terminal can't show, or would obey: that becomes a "?". A
+    terminal that is gone stops nobody.
+    """
+    if not (is_first() or everyone):
+        return
+    file = file or sys.stdout
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in message)
+    code = getattr(file, "encoding", None) or "utf-8"
+    with suppress(OSError, ValueError):
+        tqdm.write(text.encode(code, "replace").decode(code), file=file)
+
+
+@functools.cache
+def say_once(message):
+    say(message)
+
+
+def try_to(what, work):
+    """Does what a run can do without: where it fails, one line says so, and the run goes on."""
+    try:
+        work()
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        say(f"could not {what}, going on: {e}")
+
+
+def progress(*args, **options):
+    """A tqdm bar of the first process; where stderr is no terminal, which it would flood, there is none."""
+    return tqdm(*args, disable=None if is_first() else True, **options)
 
 
 # --- config: flags, help, log record and checkpoint record at once ------------------------------------------
@@ -89,37 +131,40 @@ class Config:
     model: str = flag("dit", "network", list(MODELS))
     size: str = flag(None, "one of the network's SIZES [small; unet: base]")
     data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, latents:PATH, shapes, shapes:full")
-    image_size: int = flag(None, "side in pixels [cifar, folder: 32; shapes: 16; with --vae: 256]")
+    image_size: int = flag(None, "side in pixels [32; shapes, --size tiny: 16; with --vae: 256]")
     vae: str = flag(None, "train on latents of --data: a VAE of diffusers, by name or folder [none]")
+    skip_bad: bool = flag(False, "leave out unreadable images of a folder")
     out: str = flag(None, "run folder [runs/<model>-<size>-<data>]")
     images: int = flag(None, "stop after so many training images [10,000,000 unless --minutes is given]")
     minutes: float = flag(None, "stop after so many minutes")
+    save_every: int = flag(500_000, "images between two checkpoints [500,000]")
+    sample_every: int = flag(500_000, "images between two sample grids [500,000]")
+    resume: bool = flag(False, "continue the run in --out, with its flags; start fresh where it has none")
+    seed: int = flag(0, "of weights, batches and noise [0]")
     batch_size: int = flag(256, "images a step, over all processes together [256]")
     micro_batch: int = flag(None, "images a forward pass and process: less memory, same result [all]")
     lr: float = flag(2e-4, "learning rate of AdamW [2e-4]")
     warmup: int = flag(50_000, "images over which the rate rises from 0 [50,000]")
     decay: int = flag(None, "images by which the rate has fallen linearly to 1 %% of --lr [never]")
     ema: int = flag(500_000, "half-life of the weight average, in images [500,000]")
-    save_every: int = flag(500_000, "images between two checkpoints [500,000]")
-    sample_every: int = flag(500_000, "images between two sample grids [500,000]")
-    resume: bool = flag(False, "continue the run in --out; start fresh if it has no checkpoint")
     conditional: bool = flag(False, "train with the class labels")
     self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
     distill: float = flag(None, "weight of contrastive self-distillation of z, say 0.005 to 0.02 [off]")
     distill_images: int = flag(None, "images over which that weight falls linearly to 0 [never]")
     target: str = flag("eps", "what the network predicts [eps]", TARGETS)
     schedule: str = flag("linear", "noise schedule [linear]", list(SCHEDULES))
-    seed: int = flag(0, "of weights, batches and noise [0]")
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
     precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
     compile: bool = flag(True, "torch.compile and CUDA graphs, where CUDA and Triton are [on]")
-    skip_bad: bool = flag(False, "leave out unreadable images of a folder")
     resident: bool = flag(None, "hold the data on the device [where it fills less than half of what is free]")
 
 
-# --size tiny --data shapes: what a short run on a CPU wants. Flags given by hand win.
-TINY_SHAPES = dict(conditional=True, target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400,
-                   ema=20_000, save_every=20_000, sample_every=40_000)
+# with which flag a group of --help begins
+GROUPS = dict(model="network and data", out="the run", batch_size="the optimiser", conditional="the method",
+              device="the machine")
+# --size tiny: what a short run on a CPU wants, and how many images of 16 x 16 it needs, in 2 to 4 minutes
+TINY = dict(target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400, ema=20_000,
+            save_every=20_000, sample_every=40_000)
 TINY_IMAGES = {"unet": 60_000, "uvit": 450_000, "dit": 400_000}
 # what may be another on --resume
 MAY_CHANGE = ["out", "images", "minutes", "micro_batch", "save_every", "sample_every", "resume", "device",
@@ -131,12 +176,18 @@ def default_image_size(cfg):
         return None                                 # theirs
     if cfg.vae:
         return 256
-    return 16 if cfg.data.startswith("shapes") else 32
+    return 16 if cfg.size == "tiny" or cfg.data.startswith("shapes") else 32
+
+
+def tiny_recipe(cfg):
+    """The flags of a tiny network, where they are not given by hand."""
+    some = Path(resolve(cfg.data).removeprefix("folder:"), "train")
+    classes = len(classes_in(some)) > 1 or not cfg.data.startswith(("folder:", "latents:"))
+    return dict(TINY, conditional=classes, decay=TINY_IMAGES[cfg.model])
 
 
 def default_out(cfg):
-    data = Path(cfg.data.removeprefix("folder:").removeprefix("latents:")).name.replace(":", "-")
-    name = f"{cfg.model}-{cfg.size}-{data}"
+    name = f"{cfg.model}-{cfg.size}-{Path(resolve(cfg.data)).name.replace(':', '-')}"
     return f"runs/{name}" if cfg.self_cond else f"runs/{name}-baseline"
 
 
@@ -155,30 +206,76 @@ def check_config(cfg):
             f"{cfg.data} is encoded already: leave out --vae, or give images.")
 
 
+class Parser(argparse.ArgumentParser):
+    """Bad flags are a UserError, which names the flag that may have been meant."""
+
+    def error(self, message):
+        hint = "--help lists the flags"
+        known = [flag.lstrip("-") for flag in self._option_string_actions]
+        for word in re.findall(r"unrecognized arguments: --([\w-]+)", message):
+            for near in get_close_matches(word, known, n=1):
+                hint = f"did you mean --{near}"
+        raise UserError(f"{message}; {hint}.")
+
+
+def whole_number(text):
+    """That of a flag: 1000000, or 1e6."""
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError, OverflowError):
+        if float(text) == int(float(text)):
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text} is no whole number")
+
+
+def parse_flags(argv):
+    """Flags -> {name: value} of those that were given. Raises UserError."""
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        name, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        if f.type is bool:
+            group.add_argument(name, help=help, action=argparse.BooleanOptionalAction)
+        else:
+            group.add_argument(name, help=help, type=whole_number if f.type is int else f.type,
+                               choices=choices, metavar=None if choices else f.type.__name__.upper())
+    return vars(parser.parse_args(argv))
+
+
+def to_config(saved):
+    """{name: value} that a run has written -> Config. Raises UserError."""
+    unknown = sorted(saved.keys() - {f.name for f in fields(Config)})
+    require(not unknown, f"written by other code: unknown {', '.join(unknown)}")
+    return Config(**saved)
+
+
+def flags_of_run(out):
+    """What config.json of a run holds, {name: value}; nothing where there is none. Raises UserError."""
+    path = Path(out, "config.json")
+    try:
+        return asdict(to_config(json.loads(path.read_text())))
+    except FileNotFoundError:
+        return {}
+    except Exception as e:                          # a file that is damaged raises many kinds
+        raise UserError(f"{path} is no whole config.json ({e}): give all flags by hand, with another --out.")
+
+
 def parse_config(argv=None):
     """Flags -> Config with every default filled in. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
-    for f in fields(Config):
-        name = "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(name, help=f.metadata["help"], action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(name, help=f.metadata["help"], type=f.type, choices=f.metadata["choices"],
-                                metavar=f.type.__name__.upper())
-    given = vars(parser.parse_args(argv))
+    given = parse_flags(argv)
+    if given.get("resume") and "out" in given:      # what is not given is as it was
+        given = {**flags_of_run(given["out"]), **given}
     cfg = Config(**given)
-    budget = 10_000_000
-    if cfg.size == "tiny" and cfg.data == "shapes":
-        budget = TINY_IMAGES[cfg.model]
-        cfg = Config(**{**TINY_SHAPES, "decay": budget, **given})
+    if cfg.image_size is None:
+        cfg.image_size = default_image_size(cfg)
+    recipe = tiny_recipe(cfg) if cfg.size == "tiny" else {}
+    cfg = Config(**{**asdict(cfg), **recipe, **given})
     if cfg.size is None:
         cfg.size = DEFAULT_SIZE[cfg.model]
     check_config(cfg)
     if cfg.images is None and cfg.minutes is None:
-        cfg.images = budget
-    if cfg.image_size is None:
-        cfg.image_size = default_image_size(cfg)
+        cfg.images = recipe.get("decay", 10_000_000)
     if cfg.out is None:
         cfg.out = default_out(cfg)
     return cfg
@@ -191,29 +288,31 @@ def parse_config(argv=None):
 Data = namedtuple("Data", "images labels masks classes both meta", defaults=[None, None])
 
 
-def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cpu"):
+def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cpu", check=None):
     """Data of a spec (see --data); split is "train" or "test". Raises UserError.
 
-    With vae its latents: they are made on the device where they are not there yet. All processes call this.
+    With vae its latents: they are made on the device where they are not there yet, after check(shape) let
+    their shape (C, h, w) pass. All processes call this.
     """
     if spec.startswith("latents:"):
-        data = load_latents(Path(spec.removeprefix("latents:")), split)
+        data = load_latents(in_every_process(lambda: folder_of(spec)), split)
         side = data.images.shape[-1]
         require(image_size in (None, side), f"{spec} has latents of {side} x {side}, not of {image_size} x "
                                             f"{image_size}: leave --image-size out.")
         return data
     if vae:
-        return load_latents(encode(spec, image_size, vae, device, skip_bad), split)
+        return load_latents(encode(spec, image_size, vae, device, skip_bad, check), split)
     if spec.startswith("folder:"):
-        return load_folder(folder_of(spec), split, image_size or 32, skip_bad)
+        return load_folder(in_every_process(lambda: folder_of(spec)), split, image_size or 32, skip_bad)
     if spec in ("cifar10", "cifar100"):
         data = load_cifar(spec, split)
     elif spec in ("shapes", "shapes:full"):
         n, seed = (50_000, 0) if split == "train" else (5_000, 1)
         data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
     else:
-        raise UserError(f"unknown data {spec!r}: use cifar10, cifar100, folder:PATH, latents:PATH, shapes or "
-                        "shapes:full.")
+        meant = f"did you mean folder:{spec}? Or " if Path(spec).expanduser().is_dir() else ""
+        raise UserError(f"unknown data {spec!r}: {meant}use cifar10, cifar100, folder:PATH, latents:PATH, "
+                        "shapes or shapes:full.")
     if image_size and data.images.shape[-1] != image_size:
         data = data._replace(images=resize(data.images, [image_size, image_size], antialias=True))
     return data
@@ -238,8 +337,51 @@ def load_cifar(name, split):
 
 # a folder of images
 
+SUFFIXES = (*IMG_EXTENSIONS, *sorted({".jfif", ".gif", ".avif"} & Image.registered_extensions().keys()))
+SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "Thumbs.db", "desktop.ini"}
+
+
+def resolve(spec):
+    """A spec with the whole path of its folder, if it names one."""
+    for kind in ("folder:", "latents:"):
+        if spec.startswith(kind):
+            return kind + str(Path(spec.removeprefix(kind)).expanduser().resolve())
+    return spec
+
+
 def folder_of(spec):
-    return Path(spec.removeprefix("folder:")).resolve()
+    """The folder that a spec names. Raises UserError where there is none."""
+    root = Path(resolve(spec).partition(":")[2])
+    require(root.is_dir(), f"{root} does not exist or is no folder: correct --data {spec}.")
+    return root
+
+
+def is_ours(name):
+    """Not hidden, and not what systems leave in folders for themselves?"""
+    return not name.startswith(".") and name not in SYSTEM
+
+
+def images_among(paths, root):
+    """-> those files below root that are images; one line says how many others there are."""
+    below = len(str(root)) + 1
+    paths = [path for path in paths if all(map(is_ours, path[below:].split(os.sep)))]
+    others = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths
+                     if not path.lower().endswith(SUFFIXES))
+    if others:
+        kinds = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+        say_once(f"left out files of {root} that are no images here: {kinds}")
+    return [Path(path) for path in paths if path.lower().endswith(SUFFIXES)]
+
+
+def check_classes(labels, classes, root):
+    """Raises UserError where a class has no images: it would be learned as one that is never seen."""
+    empty = [name for name, n in zip(classes, labels.bincount(minlength=len(classes))) if n == 0]
+    require(not empty, f"{root} has no image that can be read of class {', '.join(empty[:5])}: remove the "
+                       f"folder, or put some there ({', '.join(SUFFIXES)}).")
+
+
+def classes_in(folder):
+    return sorted(path.name for path in folder.glob("*") if path.is_dir() and is_ours(path.name))
 
 
 def list_folder(root, split):
@@ -250,41 +392,50 @@ def list_folder(root, split):
         return list_flat_folder(root, split)
     part = train if split == "train" else test
     require(part.is_dir(), f"{root} has no {split} images: it needs {split}/<class>/*.")
-    classes = sorted(p.name for p in train.glob("*") if p.is_dir())
-    extra = sorted({p.name for p in test.glob("*") if p.is_dir()} - set(classes))
+    classes = classes_in(train)
+    extra = sorted(set(classes_in(test)) - set(classes))
     require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
     index = {name: k for k, name in enumerate(classes)}
-    found = make_dataset(part, index, IMG_EXTENSIONS, allow_empty=True) if classes else []
-    require(found, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
-    return [Path(path) for path, _ in found], torch.tensor([k for _, k in found]), classes
+    found = make_dataset(part, index, is_valid_file=lambda path: True, allow_empty=True) if classes else []
+    files = images_among([path for path, _ in found], part)
+    require(files, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    labels = torch.tensor([index[path.relative_to(part).parts[0]] for path in files])
+    if split == "train":
+        check_classes(labels, classes, part)
+    return files, labels, classes
 
 
 def list_flat_folder(root, split):
     """The same of images that lie in the folder itself: one class, for training alone."""
-    require(root.is_dir() and split == "train",
+    require(split == "train",
             f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
-    files = [p for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+    files = images_among([str(path) for path in sorted(root.iterdir()) if not path.is_dir()], root)
     require(files, f"{root} has no images: put some there, or into train/<class>/ and test/<class>/.")
     return files, torch.zeros(len(files), dtype=torch.int64), ["image"]
 
 
 def stamp_of(root, files):
     """What changes when files of a folder do."""
-    stats = [(str(p.relative_to(root)), p.stat()) for p in files]
-    return json.dumps(["upright"] + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    stats = [(str(p.relative_to(root)), p.stat() if p.exists() else p.lstat()) for p in files]
+    return json.dumps(["upright, on white"]
+                      + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 def open_image(path):
-    """Image file -> RGB, upright where EXIF says how it was held. Raises what Pillow raises."""
+    """Image file -> RGB, on white where it is transparent, upright by its EXIF. Raises what Pillow raises."""
+    if not path.is_file():                          # a pipe would never end
+        raise ValueError("it is no file, or a link to none")
     with Image.open(path) as image:
         if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))     # 16 bits of grey
         if image.mode in ("I", "F"):
             raise ValueError("its pixels are numbers without a white")
-        image = image.convert("RGB")
-    with suppress(Exception):                       # EXIF that is broken says nothing
-        image = ImageOps.exif_transpose(image)
-    return image
+        image.load()
+        with suppress(Exception):                   # EXIF that is broken says nothing
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def decode(path, size, skip_bad):
@@ -317,7 +468,7 @@ def decode_together(files, size, skip_bad, split):
     rank, world = processes()
     shares = [slice(r * len(files) // world, (r + 1) * len(files) // world) for r in range(world)]
     mine = files[shares[rank]]
-    with tqdm(total=len(mine), desc=f"decoding {split}", unit="img", delay=1, disable=rank > 0) as bar:
+    with progress(total=len(mine), desc=f"decoding {split}", unit="img", delay=1) as bar:
         found, good = in_every_process(lambda: decode_all(mine, size, skip_bad, bar))
     if world == 1:
         return found, good
@@ -346,25 +497,28 @@ def load_folder(root, split, size, skip_bad):
     if everywhere(images is not None):
         return Data(images, labels, None, classes)
     images, good = decode_together(files, size, skip_bad, split)
+    if images.max() < 64:
+        say(f"the images of {root} are nearly black, their brightest value is {images.max()} of 255: if they "
+            "have 16 bits and use fewer, stretch them.")
     if good.all():
-        if processes()[0] == 0:
-            write_cache(cache, images, stamp)
+        if is_first():
+            try_to("keep the decoded images", lambda: save_file(
+                cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp)))
         return Data(images, labels, None, classes)
-    say_left_out(good, root)
-    return Data(images[good], labels[good], None, classes)
+    labels = leave_out(good, labels, classes, root, split)
+    for k, i in enumerate(good.nonzero()):          # in place: twice the memory may not be there
+        images[k] = images[i]
+    return Data(images[:len(labels)], labels, None, classes)
 
 
-def say_left_out(good, root):
+def leave_out(good, labels, classes, root, split):
+    """-> the labels of the images that could be read; one line says how many could not. Raises UserError."""
     require(good.any(), f"none of the {len(good)} images in {root} can be read: check the files.")
     if not good.all():
         say(f"left out {len(good) - int(good.sum())} unreadable images of {root}")
-
-
-def write_cache(cache, images, stamp):
-    try:
-        save_file(cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp))
-    except UserError as e:
-        say(f"these images will be decoded again next time: {e}")
+    if split == "train":
+        check_classes(labels[good], classes, root)
+    return labels[good]
 
 
 # ten shapes without a download, drawn by their signed distance functions
@@ -525,7 +679,7 @@ def to_pixels(x, moments, vae):
     return torch.cat([vae.decode(some).sample.float() for some in latents.split(batch)])
 
 
-def encode(spec, size, name, device, skip_bad=False):
+def encode(spec, size, name, device, skip_bad=False, check=None):
     """-> the folder of a data set's latents, which is made if it is not there or not of these files.
 
     <split>/latents.npy (2, N, C, h, w) float16: of all images, then of the flipped images, so that flips in
@@ -540,6 +694,8 @@ def encode(spec, size, name, device, skip_bad=False):
     vae = in_every_process(lambda: load_vae(name, device))
     require(size % scale_of(vae) == 0,
             f"--image-size {size} does not fit {name}: use a multiple of {scale_of(vae)}.")
+    if check:
+        check(to_latents(vae, torch.zeros(1, vae.config.in_channels, size, size, device=device)).shape[1:])
     part = from_first(lambda: make_folder(out))
     try:
         meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size)
@@ -616,8 +772,11 @@ def make_folder(out):
 
 def put_in_place(part, out, meta):
     (part / "meta.json").write_text(json.dumps(meta, indent=1))
+    for path in [*part.rglob("*"), part]:           # a power cut after the rename finds all of it there
+        flush(path)
     shutil.rmtree(out, ignore_errors=True)          # latents of other files
     os.replace(part, out)
+    flush(out.parent)
 
 
 def list_images(spec, split, size, skip_bad):
@@ -628,9 +787,8 @@ def list_images(spec, split, size, skip_bad):
     files, labels, classes = list_folder(folder_of(spec), split)
     if skip_bad:
         _, good = decode_all(files, 8, skip_bad)                             # 8 pixels: only to see which
-        say_left_out(good, folder_of(spec))
+        labels = leave_out(good, labels, classes, folder_of(spec), split)
         files = [path for path, fine in zip(files, good) if fine]
-        labels = labels[good]
     return files, labels, classes
 
 
@@ -661,7 +819,7 @@ def encode_share(vae, source, folder, start, stop, size):
     batch = max(1, VAE_PIXELS // size ** 2)
     sums = torch.zeros(3, latents.shape[2], dtype=torch.float64)
     what = f"encoding {folder.name}"
-    bar = tqdm(total=stop - start, desc=what, unit="img", disable=processes()[0] > 0)
+    bar = progress(total=stop - start, desc=what, unit="img")
     with bar, open(path, "r+b") as file:
         for k in range(start, stop, batch):
             images = source[k:min(k + batch, stop)]
@@ -721,18 +879,42 @@ def load_latents(root, split):
 # gather, everywhere, in_every_process and from_first: all processes must come to each such call, in the same
 # order. What may fail in one of them alone is work for in_every_process, so that all of them end with it.
 
+WORLD = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]       # what torchrun sets
+
+
+def is_one_of_many():
+    """Did torchrun start this process? Raises OwnError where the environment says so only by half."""
+    given = {name: os.environ[name] for name in WORLD if os.environ.get(name)}
+    numbers = [given.get(name, "") for name in WORLD if name != "MASTER_ADDR"]
+    if not any(numbers[:3]):                        # an address alone, as in many a shell, says nothing
+        return False
+    if "MASTER_ADDR" not in given or not all(map(str.isdecimal, numbers)) or (
+            int(given["RANK"]) >= int(given["WORLD_SIZE"])):
+        raise OwnError(f"the environment has {given}, which is not what starts several processes "
+                       f"({', '.join(WORLD)}): start with torchrun, or unset them.")
+    return True
+
+
 def setup(name=None):
     """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     usable = [kind for kind in there if there[kind]]
     name = name or usable[0]
     require(name in usable, f"--device {name} is not there: use {', '.join(usable)}.")
+    many = is_one_of_many()
     device = torch.device(name)
     if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        i, count = int(os.environ["LOCAL_RANK"]) if many else 0, torch.cuda.device_count()
+        if i >= count:
+            raise OwnError(f"this process wants GPU {i}, and there are {count}: start {count} a machine.")
+        device = torch.device(name, i)
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    if many:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as e:
+            raise OwnError(f"the processes could not meet at {os.environ['MASTER_ADDR']}:"
+                           f"{os.environ['MASTER_PORT']} ({str(e).splitlines()[0]}): start with torchrun.")
     return device, *processes()
 
 
@@ -786,10 +968,17 @@ def command(body):
     """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
     def main(argv=None):
         before = {number: signal.getsignal(number) for number in STOPS}
+        sys.stderr = sys.stderr or open(os.devnull, "w")                     # None where it is closed
+        sys.stdout = sys.stdout or open(os.devnull, "w")
         try:
             body(argv)
+        except torch.OutOfMemoryError:
+            say("error: the GPU has too little memory: use a smaller --micro-batch or --size (train.py), "
+                "--batch-size (sample.py), or --batch-size, --images or fewer --t (probe.py).",
+                sys.stderr, everyone=True)
+            sys.exit(2)
         except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
-            say(f"error: {e}", file=sys.stderr)
+            say(f"error: {e}", sys.stderr, everyone=type(e) is not UserError)
             sys.exit(2)
         finally:
             for number, handler in before.items():
@@ -818,11 +1007,11 @@ def pick_autocast(name, device):
     return lambda: torch.autocast(device.type, dtype, cache_enabled=False), dtype
 
 
-STOPS = signal.SIGTERM, signal.SIGINT
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def collect_stops():
-    """-> a list; from now on SIGTERM and Ctrl-C are put there. A second Ctrl-C ends the process at once."""
+    """-> a list; from now on signals to stop are put there. A second Ctrl-C ends the process at once."""
     asked = []
 
     def ask(number, frame):                         # SIGTERM may come twice: torchrun passes it on
@@ -844,19 +1033,51 @@ def resume_command():
     return shlex.join(start)
 
 
-def save_file(path, write):
-    """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+def check_writable(folder):
+    """Raises UserError where files can't be written into a folder, which need not be there yet."""
+    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    require(there.is_dir() and os.access(there, os.W_OK),
+            f"{folder} can't be written, since {there} is no folder where that is allowed: choose another.")
+
+
+def save_file(path, write, stale=None):
+    """Atomic: write(file) into a temporary file, flush it to the disk, rename it. Raises UserError.
+
+    stale: a picture of what this replaces; it goes before the rename, so as never to lie beside the new.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        clear_parts(path)
+        with open(part, "xb") as file:              # x: never into what is there, nor through a link
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if stale:
+            stale.unlink(missing_ok=True)
         os.replace(part, path)
+        flush(path.parent)
     except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({e}), it is as it was: make room, go on (train: --resume).")
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def clear_parts(path):
+    """Removes what processes that were killed left of a file; a part of this hour may be in the making."""
+    for part in path.parent.glob(glob.escape(path.name) + ".*.part"):
+        with suppress(OSError):
+            if time.time() - part.lstat().st_mtime > 3600:
+                part.unlink()
+
+
+def flush(path):
+    """A file, or the names in a folder, to the disk, where it can: a power cut would else undo a rename."""
+    with suppress(OSError):
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def mix(*numbers):
@@ -877,9 +1098,16 @@ def seeded_noise(seeds, shape):
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
+def finite(x):
+    """Raises UserError where x is not."""
+    require(x.isfinite().all(), "what the network draws is not finite: its weights are damaged, or "
+                                "--guidance or --precision is impossible.")
+    return x
+
+
 def to_uint8(x):
-    """Images (N, C, H, W) in [-1, 1] -> uint8 on the CPU."""
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
+    """Images (N, C, H, W) in [-1, 1] -> uint8 on the CPU. Raises UserError where they are not finite."""
+    return (finite(x).float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
 
 
 def save_grid(images, file, columns):
@@ -898,25 +1126,38 @@ def build(cfg, shape, num_classes, device):
     net_class = MODELS[cfg.model]
     try:
         net = net_class(side, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
+        diffusion = GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
     except (ValueError, RuntimeError, MemoryError, OverflowError) as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
     if cfg.distill:                                 # last: the rest starts as it does without
         net.projector = make_projector(net)
-    net = net.to(device, memory_format=LAYOUT[device.type])
-    return net, GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
+    return net.to(device, memory_format=LAYOUT[device.type]), diffusion
+
+
+def check_shape(cfg, shape):
+    """Raises UserError where there is no such network for images of this shape; takes no memory."""
+    with torch.device("meta"):
+        build(cfg, shape, 0, torch.device("meta"))
+
+
+STATE = ["config", "images", "model", "ema", "optimizer", "scaler", "loss_sums", "loss_count", "shape",
+         "num_classes", "classes", "counts", "latents"]         # what a checkpoint holds
 
 
 def read_checkpoint(path):
     """-> dict of tensors, plain values and a Config; nothing else is ever unpickled. Raises UserError."""
     try:
+        with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums
+            require(archive.testzip() is None, "its bytes are not those that were written")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "shape" not in state and "channels" in state:
-            raise UserError("it is of an older version of this code")
-        cfg = Config(**state["config"])
+        lost = [name for name in STATE if name not in state]
+        require(not lost, f"written by other code: without {', '.join(lost)}")
+        cfg = to_config(state["config"])
         check_checkpoint(cfg, state)
     except Exception as e:                          # torch raises many kinds
         why = str(e) if isinstance(e, UserError) else type(e).__name__
-        raise UserError(f"{path} is no whole checkpoint ({why}): restore a copy or train anew.")
+        raise UserError(f"{path} is no whole checkpoint of this code ({why}): use the code that wrote it, "
+                        "restore a copy, or train anew.")
     return {**state, "path": path, "config": cfg}
 
 
@@ -935,11 +1176,14 @@ def check_checkpoint(cfg, state):
     shape = state["shape"]
     require(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), f"shape {shape!r} cannot be")
     check_names(state["classes"])
+    require([name for name, _ in state["counts"]] == state["classes"], "the counts do not fit the classes")
     require(state["num_classes"] == (len(state["classes"]) if cfg.conditional else 0),
             "the number of classes does not fit")
     if state["latents"] is not None:
         check_meta(state["latents"])
     require(state["ema"], "it has no weights")
+    for part in ("model", "ema"):
+        require(all(w.isfinite().all() for w in state[part].values()), "a weight is not finite")
 
 
 def restore(state, **parts):
@@ -1002,10 +1246,11 @@ class Batches:
         """Images and labels of this process as they are stored, drawn without replacement."""
         B = self.cfg.batch_size
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
-        i = torch.randperm(len(self.labels), generator=g)[:B][self.mine]
+        N = len(self.labels)                        # fewer than B: each is there several times
+        i = torch.cat([torch.randperm(N, generator=g) for _ in range(0, B, N)])[:B][self.mine]
         j = i
         if self.moments is not None:                # half are the latents of flipped images
-            j = i + len(self.labels) * (torch.rand(B, generator=g)[self.mine] < 0.5)
+            j = i + N * (torch.rand(B, generator=g)[self.mine] < 0.5)
         if self.resident:
             i, j = self.send(i), self.send(j)
         return self.pin(self.images[j]), self.pin(self.labels[i])
@@ -1122,8 +1367,8 @@ def prepare(cfg, data, device, rank=0, world=1, state=None):
         run.meter = Meter(device, run.images, state["loss_sums"], state["loss_count"])
     if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
         make_fast(run)
-    elif cfg.compile:
-        say(f"torch.compile is off: it needs CUDA and Triton, and this is {device}")
+    elif cfg.compile and device.type == "cuda":
+        say("torch.compile is off: it needs Triton, which is not installed")
     if dist.is_initialized():
         run.model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
@@ -1244,12 +1489,20 @@ def save(run, path):
     losses = finite_means(run, path)
     if run.rank > 0:
         return
-    state = dict(step=run.images // run.cfg.batch_size, images=run.images, config=asdict(run.cfg),
+    config = asdict(run.cfg) | dict(data=resolve(run.cfg.data))
+    state = dict(step=run.images // run.cfg.batch_size, images=run.images, config=config,
                  model=run.net.state_dict(), ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=[x * run.meter.steps for x in losses],
                  loss_count=run.meter.steps, shape=list(run.data.images.shape[1:]),
-                 num_classes=run.num_classes, classes=run.data.classes, latents=run.data.meta)
+                 num_classes=run.num_classes, classes=run.data.classes, counts=counts_of(run.data),
+                 latents=run.data.meta)
     save_file(path, lambda file: torch.save(state, file))
+
+
+def counts_of(data):
+    """-> [class name, how many images it has] of each class."""
+    counts = data.labels.bincount(minlength=len(data.classes)).tolist()
+    return [[name, n] for name, n in zip(data.classes, counts)]
 
 
 def draw(run, vae, path):
@@ -1259,13 +1512,15 @@ def draw(run, vae, path):
     K = run.num_classes
     columns = min(K, 10) or 8
     noise = seeded_noise(range(8 * columns), run.data.images.shape[1:])().to(run.device)
-    y, guidance = None, 1.0
-    if K:
-        y, guidance = torch.arange(columns, device=run.device).repeat(8), GUIDANCE
+    y = torch.arange(columns, device=run.device).repeat(8)
+    parts = []
+    size = run.cfg.micro_batch or len(y)
     eager = torch.compiler.set_stance("force_eager")             # this batch would be compiled anew
     with run.autocast(), eager:
-        x = run.diffusion.sample(run.ema, noise, y, null=K, guidance=guidance, clip=vae is None)
-    x = to_pixels(x, moments_of(run.data.meta, run.device), vae)
+        for x, classes in zip(noise.split(size), y.split(size)):
+            parts.append(run.diffusion.sample(run.ema, x, classes if K else None, null=K,
+                                              guidance=GUIDANCE if K else 1.0, clip=vae is None))
+    x = to_pixels(torch.cat(parts), moments_of(run.data.meta, run.device), vae)
     save_file(path, lambda file: save_grid(x, file, columns))
 
 
@@ -1275,12 +1530,18 @@ def start_log(run, out, resumed):
         return
     config = asdict(run.cfg)
     save_file(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
+    commit = ""
+    with suppress(OSError):                         # git is not there
+        commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
     head = dict(config=config, parameters=sum(p.numel() for p in run.net.parameters()),
                 device=f"{run.world} x {run.device} {chip(run.device)}", versions=VERSIONS, commit=commit)
     lines = [json.dumps(head)]
     log = out / "log.jsonl"
+    if log.exists() and not resumed:
+        kept = next(p for n in range(1, 1000) if not (p := out / f"log.jsonl.{n}").exists())
+        os.replace(log, kept)
+        say(f"{out} has a log but no checkpoint: starting anew, the old log is {kept}")
     if resumed and log.exists():
         whole = re.compile(r'^(?:{"images": (\d+), .*}|{"config": .*})$', re.M)
         whole = whole.finditer(log.read_text(errors="replace"))
@@ -1288,7 +1549,8 @@ def start_log(run, out, resumed):
     text = "".join(line + "\n" for line in lines)
     save_file(log, lambda file: file.write(text.encode()))
     for part in out.glob("*.part"):                 # of a run that was killed
-        part.unlink()
+        with suppress(OSError):
+            part.unlink()
 
 
 def chip(device):
@@ -1308,6 +1570,10 @@ def log(run, out, lr, begun, bar):
     if run.scaler.is_enabled():                     # the steps it left out since the start
         record["skipped"] = run.images // run.cfg.batch_size - steps_taken(run.optimizer)
     bar.set_postfix_str(f"loss {denoising:.4f}, {(now - begun) / 60:.1f} of {run.cfg.minutes or '-'} min")
+    if bar.disable:                                 # no terminal: a line a record
+        of = f" of {run.cfg.images:,}" if run.cfg.images else ""
+        say(f"{run.images:,}{of} images, loss {denoising:.4f}, {record['images_per_second']} images/s, "
+            f"{(now - begun) / 60:.1f} minutes", sys.stderr)
     if run.rank == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -1344,27 +1610,35 @@ def check_start(cfg, out, world, state=None):
             f"--batch-size {cfg.batch_size} is not divisible by the {world} processes: use a multiple.")
     require(share % (cfg.micro_batch or share) == 0,
             f"--micro-batch {cfg.micro_batch} does not divide a process's {share}: use a divisor.")
+    check_writable(out)
     empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(cfg.resume or empty,
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
     if not state:
         return
+    mine = asdict(cfg) | dict(data=resolve(cfg.data))
+    kind = re.match("folder:|latents:|", cfg.data)[0]
     for name, value in asdict(state["config"]).items():
-        require(name in MAY_CHANGE or value == getattr(cfg, name),
+        moved = name == "data" and kind and value.startswith(kind)           # check_data looks into it
+        require(name in MAY_CHANGE or moved or value == mine[name],
                 f"{state['path']} was trained with {name} {value}: resume it with the same flags, or choose "
                 "another --out.")
 
 
 def check_data(cfg, data, state):
     """Do the data fit the flags, and the checkpoint that is to go on? Raises UserError."""
-    require(cfg.batch_size <= len(data.images),
-            f"--batch-size {cfg.batch_size} is more than the {len(data.images)} images: use a smaller one.")
     require(len(data.classes) > 1 or not cfg.conditional,
             f"--conditional needs classes, {cfg.data} has one: drop it, or sort them into train/<class>/.")
-    if state:
-        require(state["latents"] == data.meta,
-                f"{state['path']} was trained on other latents than {cfg.data} holds now: choose another "
-                "--out.")
+    if not state:
+        return
+    require(state["latents"] == data.meta,
+            f"{state['path']} was trained on other latents than {cfg.data} holds now: choose another --out.")
+    before, now = state["counts"], counts_of(data)
+    if not cfg.conditional:                         # then names of classes do not matter
+        before, now = ([["all", sum(n for _, n in counts)]] for counts in (before, now))
+    for was, is_now in zip_longest(before, now):
+        require(was == is_now, f"{state['path']} was trained on other images than {cfg.data} holds now: a "
+                               f"class and its number were {was}, are {is_now}; choose another --out.")
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -1375,20 +1649,27 @@ def train(cfg):
     device, rank, world = setup(cfg.device)
 
     # whatever can be wrong is found before anything is written
-    state = read_checkpoint(path) if path.exists() and cfg.resume else None
+    state = in_every_process(lambda: read_checkpoint(path)) if path.exists() and cfg.resume else None
     check_start(cfg, out, world, state)
-    data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad, cfg.vae, device)
+    if not cfg.vae and not cfg.data.startswith("latents:"):
+        check_shape(cfg, (3, cfg.image_size, cfg.image_size))
+    data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad, cfg.vae, device,
+                     check=functools.partial(check_shape, cfg))
     check_data(cfg, data, state)
     run = prepare(cfg, data, device, rank, world, state)
     vae = vae_of(data.meta, device) if rank == 0 else None
     start_log(run, out, resumed=state is not None)
     count = sum(p.numel() for p in run.net.parameters())
+    if cfg.size == "tiny":
+        flags = {name: getattr(cfg, name) for name in tiny_recipe(cfg)}
+        say(f"tiny networks have flags of their own: {flags}")
     say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
 
     begun = time.time()
     run.meter.time = begun
     asked = collect_stops()
-    bar = tqdm(total=cfg.images, initial=run.images, unit="img", unit_scale=True, disable=rank > 0)
+    start = run.images
+    bar = progress(total=cfg.images, initial=start, unit="img", unit_scale=True)
     spent, signalled = stop_requested(run, begun, asked)
     while not (spent or signalled):
         lr = learning_rate(cfg, run.images)
@@ -1403,19 +1684,22 @@ def train(cfg):
             log(run, out, lr, begun, bar)
         if run.meter.steps == LOG_STEPS:
             run.meter = Meter(device, run.images)
+        if has_passed(run, cfg.sample_every) and not over:
+            try_to("draw samples", lambda: draw(run, vae, out / f"samples-{run.images}.png"))
         if has_passed(run, cfg.save_every) and not over:
             save(run, path)
-        if has_passed(run, cfg.sample_every) and not over:
-            draw(run, vae, out / f"samples-{run.images}.png")
     bar.close()
 
-    save(run, path)
+    if run.images > start or not state:
+        save(run, path)
     if signalled:
         say(f"stopped by {signal.Signals(signalled).name} at {run.images:,} images; checkpoint: {path}; "
             f"go on with: {resume_command()}")
         sys.exit(128 + signalled)                   # as if the signal had ended it: not a success
-    draw(run, vae, out / f"samples-{run.images}.png")
-    samples = out / f"samples-{run.images}.png" if vae or not data.meta else "not decoded"
+    samples = out / f"samples-{run.images}.png"
+    try_to("draw samples", lambda: draw(run, vae, samples))
+    if not samples.exists():
+        samples = "none"
     say(f"{run.images:,} images in {(time.time() - begun) / 60:.1f} minutes; checkpoint: {path}; "
         f"log: {out / 'log.jsonl'}; samples: {samples}")
 

@@ -325,7 +325,7 @@ def test_kinds(photos, tmp_path, kind):
         train.save_grid(pixels, file, 2)
     grid, expected = (np.asarray(Image.open(out / name), int) for name in ("samples-16.png", "expected.png"))
     assert grid.shape == (8 * 68 + 4, 2 * 68 + 4, 3) and np.abs(grid - expected).max() <= 1 and grid.std() > 5
-    sample.main([str(out), *"--n 6 --steps 2 --npz --device cpu".split()])
+    sample.main([str(out), *"-n 6 --steps 2 --npz --device cpu".split()])
     samples = np.load(out / "samples.npz")["arr_0"]
     assert error(samples, train.to_uint8(pixels[:6]).permute(0, 2, 3, 1)) <= 1
     sample.main([str(out), *"--denoise --steps 3 --device cpu".split()])
@@ -339,9 +339,9 @@ def test_without_vae(trained, latents, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_vae", fail)
     train.main([*NET.split(), "--data", f"latents:{latents}", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "out of reach" in said and "not decoded" in said and not [*(tmp_path / "run").glob("*.png")]
+    assert "out of reach" in said and "samples: none" in said and not [*(tmp_path / "run").glob("*.png")]
     run = Path(shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("*.png")))
-    sample.main([str(run), *"--n 3 --steps 2 --device cpu".split()])
+    sample.main([str(run), *"-n 3 --steps 2 --device cpu".split()])
     said = capsys.readouterr().out
     assert "out of reach" in said and "latents.npz" in said and not (run / "samples.png").exists()
     z = np.load(run / "latents.npz")["arr_0"]

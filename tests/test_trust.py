@@ -64,7 +64,7 @@ def test_kill(tmp_path, monkeypatch, photos):
              ("os", "replace", 3)]              # it is written, but not in its place (config and log are)
     for module, name, n in kills:
         assert end(Fork(killed_in_fork, module, name, n, argv(out, flags)))[0] == -signal.SIGKILL
-        assert load(out)["images"] == 160 and (out / "checkpoint.pt.part").exists() == (module != "train")
+        assert load(out)["images"] == 160 and any(out.glob("checkpoint.pt.*.part")) == (module != "train")
         assert max(record["images"] for record in log(out)[1]) > 160
     with open(out / "log.jsonl", "a") as file:
         file.write('{"images": 352, "lo')                # a line that was being written
@@ -227,7 +227,7 @@ def test_full_disk(old_run, capsys, monkeypatch, problem):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if problem == "fsync":
         monkeypatch.setattr(os, "fsync", os.fsync)       # to be put back
-        before_call(os, "fsync", 3, fail)                # after config.json and the log
+        before_call(os, "fsync", 5, fail)                # after config.json, the log and their folder, twice
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
     try:
@@ -356,7 +356,7 @@ def test_odd_checkpoint(tmp_path, capsys, small, n):
             path.write_bytes(changed(whole, at, rng, 9))
         else:
             torch.save({**state, name: mutate(state[name], rng)}, path)
-        sound(capsys, sample.main, [out, *"--n 2 --steps 2 --device cpu".split()])
+        sound(capsys, sample.main, [out, *"-n 2 --steps 2 --device cpu".split()])
         ended.append(sound(capsys, train.main, argv(out, "--resume --images 48")))
     assert n / 3 < ended.count(False) < n and not any(ended[::4]) and not list(out.glob("*.part"))
 
@@ -405,7 +405,7 @@ def test_bad_checkpoint(tmp_path, monkeypatch, capsys, old_run, what):
         torch.save(content, path)
     before = tree(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with refused(capsys, str(path), "older version of this code" if what == "older" else ""):
+    with refused(capsys, str(path), "other code: without shape" if what == "older" else ""):
         train.main(argv(old_run, "--resume --images 64"))
     if what in ("pickle", "evil", "latents"):
         for program in (sample, probe):
@@ -461,7 +461,8 @@ def test_odd_results(tmp_path, capsys, n):
     """probe.py --compare reads the results that others made: a sentence where they will not do."""
     rng, ended = random.Random(n), []
     result = dict(run="a", data="shapes", metric="accuracy", bottleneck="b", layers=["a", "b"],
-                  levels=[1, 10], held_out=[[0.1, 0.2], [0.3, 0.4]], train_images=50, augment=0, seed=0,
+                  levels=[1, 10], held_out=[[0.1, 0.2], [0.3, 0.4]], train_images=50, test_images=20,
+                  augment=0, seed=0,
                   best=dict(layer="b", t=10, accuracy=0.4, miou=0.2), test=dict(accuracy=0.3, miou=0.1))
     for name in "xy":
         (tmp_path / name).mkdir()
@@ -484,7 +485,7 @@ def test_paths_in_a_checkpoint(tmp_path, monkeypatch, old_run):
     torch.save(state, old_run / "checkpoint.pt")
     (old_run / "config.json").write_text(json.dumps(state["config"]))
     monkeypatch.setattr(probe, "ITERATIONS", 2)
-    sample.main([str(old_run), *"--n 1 --steps 1 --npz --device cpu".split()])
+    sample.main([str(old_run), *"-n 1 --steps 1 --npz --device cpu".split()])
     probe.main([str(old_run), *"--t 10 --images 40 --device cpu".split()])
     run(old_run, "--images 48 --resume")
     assert {path.split("/")[0] for path in tree(tmp_path)} == {"run", "other"} and not tree(other)
