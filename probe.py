@@ -13,7 +13,6 @@ learns to tell the classes from them. The protocol (study) has three steps:
   2. The best of them says which layer, t and penalty to take.
   3. There, one probe is learned from all training images used, and scored, once, on the test images.
 """
-import argparse
 import io
 import json
 import re
@@ -29,10 +28,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
-from tqdm import tqdm
 
-from train import (LAYOUT, VERSIONS, Data, build, command, load_data, load_run, mix, moments_of,
-                   pick_autocast, require, save_file, say, setup, to_x0)
+from train import (LAYOUT, VERSIONS, Data, Parser, build, check_writable, command, load_data, load_run, mix,
+                   moments_of, pick_autocast, progress, require, save_file, say, setup, to_x0, try_to,
+                   whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # noise levels t: almost clean to hardly recognisable
@@ -56,21 +55,21 @@ Source = namedtuple("Source", "net diffusion autocast device moments", defaults=
 
 def parse(argv):
     """Flags -> namespace. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
+    parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("run", nargs="?", help="folder of a run of train.py")
     flag("--task", choices=["classify", "segment"], default="classify", help="[classify]")
     flag("--data", help="probe on this data, see train.py; voc to segment [the run's own]")
-    flag("--t", type=int, nargs="+", default=LEVELS, help=f"noise levels {LEVELS}")
-    flag("--images", type=int, help="use so many training images [all; of shapes 5,000]")
-    flag("--augment", type=int, default=0, metavar="VIEWS",
+    flag("--skip-bad", action="store_true", help="leave out unreadable images [as in the training]")
+    flag("--t", type=whole_number, nargs="+", default=LEVELS, help=f"noise levels {LEVELS}")
+    flag("--images", type=whole_number, help="use so many training images [all; of shapes 5,000]")
+    flag("--augment", type=whole_number, default=0, metavar="VIEWS",
          help="learn from so many randomly flipped and shifted views of each image [0]")
     flag("--knn", action="store_true", help="also k nearest neighbours at the chosen place")
     flag("--references", action="store_true", help="also an untrained network and the pixels")
     flag("--compare", nargs="+", metavar="RUN", help="draw the curves of these probed runs")
-    flag("--seed", type=int, default=0, help="of held-out part, noise, views, pixels [0]")
-    flag("--batch-size", type=int, default=500, help="images of a forward pass [500]")
+    flag("--seed", type=whole_number, default=0, help="of held-out part, noise, views, pixels [0]")
+    flag("--batch-size", type=whole_number, default=500, help="images of a forward pass [500]")
     flag("--device", help="cuda, mps or cpu [the first of these that is there]")
     flag("--precision", choices=["bf16", "fp16", "fp32"], help="[that of the training]")
     args = parser.parse_args(argv)
@@ -83,6 +82,7 @@ def parse(argv):
         value = getattr(args, name)
         require(value is None or value >= least,
                 f"--{name.replace('_', '-')} {value} is not possible: use {least} or more.")
+    require(len(stem(args)) < 200, f"--data {args.data} is too long for a file's name: use a link to it.")
     args.t = sorted(set(args.t))
     return args
 
@@ -106,7 +106,7 @@ def load_voc(split, size):
     except (OSError, RuntimeError) as e:
         require(False, f"voc is not in ./data and could not be downloaded ({e}): go online (or delete "
                        "data/VOCdevkit, if it is damaged), or use --data shapes:full (built in).")
-    files = tqdm(found.images, f"decoding {split}", unit="img", delay=1)
+    files = progress(found.images, f"decoding {split}", unit="img", delay=1)
     images = [read_fitted(file, size, Image.Resampling.BICUBIC, "RGB") for file in files]
     masks = [read_fitted(file, size, Image.Resampling.NEAREST) for file in found.masks]
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -199,7 +199,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=None, learn=
     """
     device, S, size = source.device, part.images.shape[-1], args.batch_size
     starts = range(0, len(part.images), size)
-    for start in tqdm(starts, "features" if learn else "scoring", unit="batch", leave=False):
+    for start in progress(starts, "features" if learn else "scoring", unit="batch", leave=False):
         g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, int(learn)))
         x0 = to_x0(part.images[start:start + size].to(device), source.moments)
         targets = part.targets[start:start + size].to(device).long()
@@ -279,7 +279,7 @@ def minimise(W, x, truth, share, penalty):
     ridge[-1] = 0                                           # none on the bias
     ahead = W
     bound = x.new_zeros(())
-    for k in tqdm(range(ITERATIONS), f"probes, {penalty:g}", unit="step", leave=False):
+    for k in progress(range(ITERATIONS), f"probes, {penalty:g}", unit="step", leave=False):
         # p = softmax(W x), (P, K, N): what the probes say
         p = (ahead @ x).softmax(1)
         # Hessian by W of an image's cross-entropy = (diag(p) - p p^T) (x) x x^T <= (1 - |p|^2) x x^T, the
@@ -458,11 +458,13 @@ def stem(args):
 def summary(result):
     """One line: which run, where, how good."""
     best, metric, test = result["best"], result["metric"], result["test"]
+    score, n = test[metric], result["test_images"]
     line = (f"{result['run']}: {best['layer']}, t = {best['t']}; held-out {100 * best[metric]:.1f}, "
-            f"test {100 * test[metric]:.1f} %")
+            f"test {100 * score:.1f}")
     if metric == "miou":
-        line += f" (pixel accuracy {100 * test['accuracy']:.1f} %)"
-    return line
+        return line + f" % (pixel accuracy {100 * test['accuracy']:.1f} %) of {n:,} images"
+    error = (score * (1 - score) / n) ** 0.5                # of the mean of n answers, right or wrong
+    return line + f" +- {100 * error:.1f} % of {n:,} images"
 
 
 def table(result):
@@ -542,7 +544,8 @@ def read_result(path, run):
     try:
         result = json.loads(path.read_text())
         draw_curves([result], io.BytesIO())                 # what is odd shows here
-        right = all(0 <= value <= 1 for row in result["held_out"] for value in row)
+        scores = sum(result["held_out"], [result["test"][result["metric"]]])
+        right = all(0 <= value <= 1 for value in scores) and result["test_images"] > 0
         require(right and all(name in result for name in ALIKE), "a score that cannot be")
     except Exception as e:
         require(False, f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
@@ -581,12 +584,12 @@ def load_parts(spec, state, args, device):
     return Part(train.images[some], train.targets[some]), test, classes
 
 
-def write_result(result, path, start):
+def write_result(result, path, start, stale=None):
     """Writes a result as JSON, with the seconds since start and the GPU's memory that were needed."""
     result["seconds"] = round(time.time() - start, 1)
     if result["device"].startswith("cuda"):
         result["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    save_file(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    save_file(path, lambda file: file.write(json.dumps(result, indent=1).encode()), stale)
 
 
 def probe_run(args):
@@ -594,7 +597,9 @@ def probe_run(args):
     device, _, world = setup(args.device)
     require(world == 1, "probe.py runs in one process: start it with python, without torchrun.")
     state, net, diffusion = load_run(args.run, device)
+    check_writable(Path(args.run))
     cfg, T = state["config"], diffusion.T
+    cfg.skip_bad = cfg.skip_bad or args.skip_bad
     for t in args.t:
         require(0 <= t < T, f"--t {t} is out of range: use 0 to {T - 1}.")
     require(not state["latents"] or not args.augment,
@@ -608,13 +613,15 @@ def probe_run(args):
     torch.backends.cudnn.benchmark = True
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     source = Source(net, diffusion, autocast, device, moments_of(state["latents"], device))
-    result = dict(run=Path(args.run).resolve().name, data=spec, task=args.task, classes=K,
+    name = re.sub(":.*/", ":", spec)                        # results that are published name no machine
+    result = dict(run=Path(args.run).resolve().name, data=name, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=len(train.images),
                   test_images=len(test.images), trained_on=state["images"], seed=args.seed,
                   augment=args.augment, device=str(device), versions=VERSIONS)
     result.update(study(source, train, test, K, args.t, args))
-    save_file(path.with_suffix(".png"), lambda file: draw_map(result, file))
-    write_result(result, path, loaded)
+    picture = path.with_suffix(".png")
+    write_result(result, path, loaded, stale=picture)
+    try_to("draw the map", lambda: save_file(picture, lambda file: draw_map(result, file)))
     say(table(result))
     say(summary(result))
     if args.knn:
@@ -628,7 +635,7 @@ def probe_run(args):
         for name, reference in result["references"].items():
             beaten = result["test"][result["metric"]] > reference["test"][result["metric"]]
             verdict = "" if beaten else "; NOT BEATEN by this run"
-            say(summary(dict(reference, run=name)) + verdict)
+            say(summary(dict(reference, run=name, test_images=len(test.images))) + verdict)
     say(f"{loaded - begun:.0f} s to load {len(train.images):,} + {len(test.images):,} images, "
         f"{result['seconds']:.0f} s to probe; results: {path} and .png")
 
@@ -636,14 +643,10 @@ def probe_run(args):
 @command
 def main(argv=None):
     args = parse(argv)
-    try:
-        if args.compare:
-            compare(args)
-        else:
-            probe_run(args)
-    except torch.OutOfMemoryError:
-        require(False, "the memory of the GPU is too small for this: use fewer --images or levels --t, "
-                       "or a smaller --batch-size; results found before are kept.")
+    if args.compare:
+        compare(args)
+    else:
+        probe_run(args)
 
 
 if __name__ == "__main__":

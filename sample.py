@@ -8,7 +8,6 @@
 Image i is drawn with seed --seed + i and is the same for any batch size and any number of GPUs (pixels agree
 within 2 of 255 levels on one kind of device). Everything is written into the run's folder.
 """
-import argparse
 import importlib.util
 import math
 from pathlib import Path
@@ -18,27 +17,28 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
-from train import (GUIDANCE, command, compile_parts, load_data, load_run, moments_of, pick_autocast, require,
-                   save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8, vae_of)
+from train import (GUIDANCE, Parser, check_writable, command, compile_parts, finite, load_data, load_run,
+                   moments_of, pick_autocast, progress, require, save_file, save_grid, say, seeded_noise,
+                   setup, to_pixels, to_uint8, vae_of, whole_number)
 
 
 def parse(argv):
     """Flags -> namespace. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a run of train.py")
-    parser.add_argument("-n", "--n", type=int, default=64, help="number of images [64]")
-    parser.add_argument("--steps", type=int, help="steps of the sampler [ddim: 50, ddpm: 1000]")
+    parser.add_argument("-n", "--count", type=whole_number, default=64, help="number of images [64]")
+    parser.add_argument("--steps", type=whole_number, help="steps of the sampler [ddim: 50, ddpm: 1000]")
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="[ddim]")
     parser.add_argument("--guidance", type=float, help=f"1 is off [{GUIDANCE} where there are classes]")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taken in turn [all]")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image [0]")
-    parser.add_argument("--batch-size", type=int, default=250, help="images at a time and process [250]")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of the first image [0]")
+    parser.add_argument("--batch-size", type=whole_number, default=250, help="images at a time [250]")
     parser.add_argument("--npz", action="store_true", help="samples.npz as well: arr_0, (N, H, W, C) uint8")
     parser.add_argument("--fid", action="store_true", help="FID against the training set (torch-fidelity)")
     parser.add_argument("--fid-weights", metavar="FILE", help="Inception weights for --fid [downloaded]")
+    parser.add_argument("--out", metavar="NAME", help="of the files [samples; denoise; latents]")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable images, for --fid")
     parser.add_argument("--denoise", action="store_true", help="a picture of the reverse process instead")
     parser.add_argument("--compile", action="store_true", help="for many images: compile, then be faster")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
@@ -47,8 +47,12 @@ def parse(argv):
     args.eta = 1.0 if args.sampler == "ddpm" else 0.0
     if args.steps is None:
         args.steps = 1000 if args.sampler == "ddpm" else 50
-    require(args.n > 0, f"--n {args.n} is not possible: use 1 or more.")
+    most = 10_000_000                               # they are kept in memory
+    require(0 < args.count <= most, f"--count {args.count} is not possible: use 1 to {most:,}.")
+    require(abs(args.seed) < 2 ** 62, f"--seed {args.seed} is not possible: use fewer digits.")
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
+    require(not args.out or (Path(args.out).name == args.out and len(args.out) < 200),
+            f"--out {args.out} is not the name of a file: leave out folders, shorten it.")
     if args.fid:                                    # found out now, not after hours of sampling
         require(importlib.util.find_spec("torch_fidelity"),
                 "--fid needs torch-fidelity, which is not installed: pip install torch-fidelity==0.4.0")
@@ -64,16 +68,13 @@ def class_ids(names, classes, conditional):
     if not conditional:
         return None
     ids = []
+    numbers = [] if any(map(str.isdecimal, classes)) else [str(k) for k in range(len(classes))]
     for name in names or classes:
-        if name in classes:                         # a class may be called 7
-            ids.append(classes.index(name))
-            continue
-        some = ", ".join(classes[:10])
-        if len(classes) > 10:
-            some += " ..."
-        require(name.isdecimal() and int(name) < len(classes),
-                f"--classes {name} is not a class of this run: use 0 to {len(classes) - 1}, or {some}.")
-        ids.append(int(name))
+        known = classes if name in classes else numbers                      # of classes 01, 02 no numbers
+        some = ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")
+        or_numbers = f" or 0 to {len(classes) - 1}" if numbers else ""
+        require(name in known, f"--classes {name} is not a class of this run: use {some}{or_numbers}.")
+        ids.append(known.index(name))
     return ids
 
 
@@ -92,11 +93,11 @@ def draw(args, state, net, diffusion, device, ids, indices, trace=None):
 
 
 def draw_share(args, state, net, diffusion, device, ids, decode, rank, world):
-    """The images rank, rank + world, ... of all --n -> uint8, or latents that could not be decoded."""
-    mine = list(range(args.n))[rank::world]
+    """The images rank, rank + world, ... of all --count -> uint8, or latents that could not be decoded."""
+    mine = list(range(args.count))[rank::world]
     parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     images = [torch.empty(0, dtype=torch.uint8)]
-    for part in tqdm(parts, "batches", disable=rank > 0 or len(parts) == 1):
+    for part in progress(parts, "batches", delay=1):
         # a last batch that is smaller would be compiled anew
         with torch.compiler.set_stance("default" if len(part) == args.batch_size else "force_eager"):
             images.append(decode(draw(args, state, net, diffusion, device, ids, part)))
@@ -172,6 +173,7 @@ def check(args, state, diffusion, ids):
     """Do the flags fit the run? Fills in --guidance. Raises UserError."""
     if args.guidance is None:
         args.guidance = GUIDANCE if ids else 1.0
+    require(math.isfinite(args.guidance), f"--guidance {args.guidance} is no number: use {GUIDANCE}.")
     require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
     require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
     require(not state["latents"] or not args.fid,
@@ -180,15 +182,17 @@ def check(args, state, diffusion, ids):
 
 
 def write(args, run, images, ids, how):
-    """samples.png and, with --npz, samples.npz in the run's folder; uint8 images (N, C, H, W)."""
-    columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.n)
+    """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
+    columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.count)
     shown = images[:max(100, columns)].float() / 127.5 - 1
-    save_file(run / "samples.png", lambda file: save_grid(shown, file, min(columns, 20)))
-    say(f"{run / 'samples.png'}: {len(shown)} of {args.n:,} images; {how}")
+    picture, archive = (run / f"{args.out or 'samples'}.{suffix}" for suffix in ("png", "npz"))
+    replaced = ", in place of another" if picture.exists() else ""
     if args.npz:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        save_file(run / "samples.npz", lambda file: np.savez(file, pixels))
-        say(f"{run / 'samples.npz'}: arr_0 {pixels.shape} uint8")
+        save_file(archive, lambda file: np.savez(file, pixels), stale=picture)
+        say(f"{archive}: arr_0 {pixels.shape} uint8")
+    save_file(picture, lambda file: save_grid(shown, file, min(columns, 20)))
+    say(f"{picture}{replaced}: {len(shown)} of {args.count:,} images; {how}")
 
 
 @command
@@ -197,6 +201,7 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     state, net, diffusion = load_run(args.run, device)
     cfg, run = state["config"], Path(args.run)
+    check_writable(run)
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
     check(args, state, diffusion, ids)
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
@@ -211,11 +216,13 @@ def main(argv=None):
         steps = []
         for t, x_t, x0 in evenly(trace):            # a VAE takes its time: only what is shown
             steps.append((t, to_pixels(x_t, moments, vae), to_pixels(x0, moments, vae)))
-        save_file(run / "denoise.png", lambda file: draw_denoise(steps, file))
-        say(f"{run / 'denoise.png'}: {how}")
+        picture = run / f"{args.out or 'denoise'}.png"
+        save_file(picture, lambda file: draw_denoise(steps, file))
+        say(f"{picture}: {how}")
         return
     # what is compared with is loaded before hours of sampling
-    real = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad).images if args.fid else None
+    skip_bad = cfg.skip_bad or args.skip_bad
+    real = load_data(cfg.data, "train", cfg.image_size, skip_bad).images if args.fid else None
     if args.compile:
         require(device.type != "cuda" or torch.utils._triton.has_triton(),
                 "--compile needs Triton, which is not installed: leave it out.")
@@ -223,19 +230,23 @@ def main(argv=None):
         compile_parts(net)
 
     def decode(x):
-        return to_uint8(to_pixels(x, moments, vae)) if pixels else to_pixels(x, moments, None).cpu()
+        x = to_pixels(x, moments, vae)
+        return to_uint8(x) if pixels else finite(x).cpu()
     images = draw_share(args, state, net, diffusion, device, ids, decode, rank, world)
-    images = collect(images, args.n, rank, world)
+    images = collect(images, args.count, rank, world)
     if rank > 0:
         return
     if not pixels:
-        save_file(run / "latents.npz", lambda file: np.savez(file, images.numpy()))
-        say(f"{run / 'latents.npz'}: arr_0 {tuple(images.shape)} float32, not decoded; {how}")
+        archive = run / f"{args.out or 'latents'}.npz"
+        save_file(archive, lambda file: np.savez(file, images.numpy()))
+        say(f"{archive}: arr_0 {tuple(images.shape)} float32, not decoded; {how}")
         return
     write(args, run, images, ids, how)
     if args.fid:
         value = fid(images, real, args.fid_weights, device)
-        say(f"FID {value:.3f}: {args.n:,} samples, {len(real):,} training images of {cfg.data}; {how}")
+        say(f"FID {value:.3f}: {args.count:,} samples, {len(real):,} training images of {cfg.data}; {how}")
+        if args.count < 2048 or len(real) < 2048:
+            say("FID of fewer than 2,048 images says little: it is far too large, and another for each seed.")
 
 
 if __name__ == "__main__":

@@ -474,7 +474,7 @@ def made(layers=4, levels=(1, 10, 30), run="made", **changes):
     best = dict(layer=f"block_{layers}", t=levels[-1], accuracy=values[-1][-1], miou=0.2)
     result = dict(run=run, data="shapes", metric="accuracy", layers=[f"block_{n + 1}" for n in range(layers)],
                   levels=list(levels), held_out=values, best=best, bottleneck=f"block_{layers // 2 or 1}",
-                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, augment=0, seed=0)
+                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, augment=0, seed=0)
     return result | changes
 
 
@@ -495,7 +495,8 @@ def test_other_judges(folders, run_probe, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "20 nearest neighbours there: test 37.5 %" in out
     rows = {line.split(":")[0]: line for line in out.splitlines()}
-    assert "50.0 %; NOT BEATEN" in rows["untrained"] and rows["pixels"].endswith("test 40.0 %")
+    assert "50.0 +- 7.9 % of 40 images; NOT BEATEN" in rows["untrained"]
+    assert rows["pixels"].endswith("test 40.0 +- 7.7 % of 40 images")
     (trained, *first), (untrained, *second), (pixels, *third) = studied
     assert [args[3] for args in (first, second, third)] == [[10, 300], [10, 300], [10]]
     assert all(args[0] is first[0] and args[1] is first[1] for args in (second, third))
@@ -539,7 +540,7 @@ def test_result(folders, run_probe, capsys):
         assert row.split()[0] == name and (" z " in row) == (n == 2) and row.count("*") == (n == i)
         numbers = [float(word.rstrip("*")) for word in row.split()[-2:]]
         assert numbers == [round(100 * value, 1) for value in values[n].tolist()]
-    assert said == probe.summary(result) and f"test {100 * result['test']['accuracy']:.1f} %" in said
+    assert said == probe.summary(result) and f"test {100 * result['test']['accuracy']:.1f} +- " in said
     assert str(folders["classes"] / "probe.json") in files
     assert (folders["classes"] / "probe.png").exists()
     assert run_probe("classes", "--seed 1 --augment 1") | dict(seconds=0) == result | dict(seconds=0)

@@ -108,7 +108,7 @@ def files_of_sample(flags):
     """Runs a command of sample.py -> its run, the files that it promises."""
     args = sample.parse(flags)
     folder = need_run(args.run)
-    sample.main([*flags, *"--n 3 --steps 2 --device cpu".split()])
+    sample.main([*flags, *"-n 3 --steps 2 --device cpu".split()])
     if args.denoise:
         return folder, ["denoise.png"]
     return folder, ["samples.png", *["samples.npz"] * args.npz]

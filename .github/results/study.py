@@ -121,7 +121,7 @@ def measure(args, name, variant, seed, judge=None):
                 f"{args.batch_size} --lr 5e-4 {rare} --seed {seed} --out {run}".split(), *args.flags.split(),
                 *["--no-self-cond"] * (kind == "baseline"), *["--distill", weight] * bool(weight),
                 *["--distill-images", until] * bool(until)])
-    sample.main([str(run), *f"--n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
+    sample.main([str(run), *f"-n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
     probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
     result = json.loads((run / "probe.json").read_text())
     head, *records = read(run / "log.jsonl")
