@@ -130,7 +130,7 @@ def test_asked_to_stop(tmp_path, photos, who):
     assert error(load(out)["model"], whole["model"]) < 1e-4
 
 
-@pytest.mark.parametrize("signals, expected", [("SIGINT", 130), ("SIGINT SIGINT", -2),
+@pytest.mark.parametrize("signals, expected", [("SIGINT", 130), ("SIGINT SIGINT", -2), ("SIGHUP", 129),
                                                ("SIGTERM SIGTERM", 143)])
 def test_ctrl_c(tmp_path, photos, signals, expected):
     """Ctrl-C waits for the step, saves, adds no second --resume; twice, it ends at once. Not so SIGTERM."""
