@@ -44,7 +44,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -361,16 +361,28 @@ def is_ours(name):
     return not name.startswith(".") and name not in SYSTEM
 
 
-def images_among(paths, root):
-    """-> those files below root that are images; one line says how many others there are."""
-    below = len(str(root)) + 1
-    paths = [path for path in paths if all(map(is_ours, path[below:].split(os.sep)))]
-    others = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths
-                     if not path.lower().endswith(SUFFIXES))
+def files_below(folder, above=()):
+    """All files below a folder that are ours, also behind links, where these do not lead in a circle."""
+    above = (*above, folder.resolve())
+    found = []
+    for path in folder.iterdir():
+        if not is_ours(path.name):
+            continue
+        if not path.is_dir():
+            found.append(path)
+        elif path.resolve() not in above:
+            found += files_below(path, above)
+    return sorted(found, key=lambda path: (str(path.parent), path.name))
+
+
+def images_among(files, root):
+    """-> those files that are images; one line says how many others there are below root."""
+    images = [path for path in files if path.name.lower().endswith(SUFFIXES)]
+    others = Counter(path.suffix.lower() or "without a suffix" for path in set(files) - set(images))
     if others:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
         say_once(f"left out files of {root} that are no images here: {kinds}")
-    return [Path(path) for path in paths if path.lower().endswith(SUFFIXES)]
+    return images
 
 
 def check_classes(labels, classes, root):
@@ -395,10 +407,13 @@ def list_folder(root, split):
     classes = classes_in(train)
     extra = sorted(set(classes_in(test)) - set(classes))
     require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
-    index = {name: k for k, name in enumerate(classes)}
-    found = make_dataset(part, index, is_valid_file=lambda path: True, allow_empty=True) if classes else []
-    files = images_among([path for path, _ in found], part)
+    files = []
+    for name in classes:
+        if (part / name).is_dir():
+            files += files_below(part / name, above=(part.resolve(),))
+    files = images_among(files, part)
     require(files, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    index = {name: k for k, name in enumerate(classes)}
     labels = torch.tensor([index[path.relative_to(part).parts[0]] for path in files])
     if split == "train":
         check_classes(labels, classes, part)
@@ -409,7 +424,7 @@ def list_flat_folder(root, split):
     """The same of images that lie in the folder itself: one class, for training alone."""
     require(split == "train",
             f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
-    files = images_among([str(path) for path in sorted(root.iterdir()) if not path.is_dir()], root)
+    files = images_among([p for p in sorted(root.iterdir()) if is_ours(p.name) and not p.is_dir()], root)
     require(files, f"{root} has no images: put some there, or into train/<class>/ and test/<class>/.")
     return files, torch.zeros(len(files), dtype=torch.int64), ["image"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 import probe
 import sample
@@ -357,6 +358,19 @@ def test_skip_what_is_no_file(tmp_path, capsys):
     whole = 19 * 3 * 8 * 8
     assert data.images.untyped_storage().nbytes() == whole, "the images were copied"
     assert (data.images[:, 0, 4, 4] == 255).tolist() == [True] * 8 + [False] * 8
+
+
+def test_links_in_a_circle(tmp_path):
+    """Links to folders are followed, but not round and round; the order is that of torchvision."""
+    spec = folder(tmp_path / "photos", {**CLASSES, "train/a/x/2.png": "red", "train/a/x-y/1.png": "red",
+                                        "train/a/x/z/0.png": "red"})
+    root = tmp_path / "photos/train"
+    found = make_dataset(root, dict(a=0, b=1), IMG_EXTENSIONS)
+    for link, target in (("a/loop", ".."), ("b/loop", ".."), ("b/back", "../b"), ("a/x/up", "..")):
+        (root / link).symlink_to(target)
+    files, labels, _ = train.list_folder(tmp_path / "photos", "train")
+    assert [(str(path), k) for path, k in zip(files, labels.tolist())] == found
+    assert len(train.load_data(spec, "train", 8).images) == len(found)
 
 
 @pytest.mark.parametrize("program, flags", [(sample, "--fid -n 1 --steps 1"), (probe, "--t 10")])
