@@ -1664,7 +1664,9 @@ def train(cfg):
     device, rank, world = setup(cfg.device)
 
     # whatever can be wrong is found before anything is written
-    state = in_every_process(lambda: read_checkpoint(path)) if path.exists() and cfg.resume else None
+    state = None
+    if cfg.resume:
+        state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
     check_start(cfg, out, world, state)
     if not cfg.vae and not cfg.data.startswith("latents:"):
         check_shape(cfg, (3, cfg.image_size, cfg.image_size))
