@@ -277,8 +277,8 @@ def test_old_parts_go(tmp_path):
     assert not old.exists() and young.exists() and other.exists()
 
 
-def test_latents_reach_the_disk(tmp_path, monkeypatch):
-    """All files and folders of latents are flushed before they get their name, the name after it."""
+def test_names_reach_the_disk(tmp_path, monkeypatch):
+    """All files and folders of latents are flushed before they get their name, every name after it."""
     order, replace = [], os.replace
     monkeypatch.setattr(train, "flush", lambda path: order.append(path.name))
     monkeypatch.setattr(os, "replace", lambda a, b: order.append("renamed") or replace(a, b))
@@ -287,6 +287,9 @@ def test_latents_reach_the_disk(tmp_path, monkeypatch):
     train.put_in_place(part, tmp_path / "l", {})
     assert set(order[:-2]) == {"train", "latents.npy", "labels.npy", "meta.json", "l.part"}
     assert order[-2:] == ["renamed", tmp_path.name]
+    order.clear()
+    train.save_file(tmp_path / "file", lambda file: file.write(b"whole"))
+    assert order == ["renamed", tmp_path.name]
 
 
 @pytest.mark.parametrize("program", ["probe", "sample"])
