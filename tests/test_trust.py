@@ -102,7 +102,8 @@ def stopped_in_fork(flags):
         print("in a step", flush=True)
         time.sleep(1)
     before_call(train, "update_ema", 2, linger)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):   # a job in the background, or under nohup, ignores these
+        signal.signal(number, signal.SIG_DFL)
     sys.orig_argv = ["python", "train.py", *flags]
     train.main(flags)
 
