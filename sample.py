@@ -26,23 +26,24 @@ from train import (GUIDANCE, Parser, check_writable, command, compile_parts, fin
 def parse(argv):
     """Flags -> namespace. Raises UserError."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="folder of a run of train.py")
-    parser.add_argument("-n", "--count", type=whole_number, default=64, help="number of images [64]")
-    parser.add_argument("--steps", type=whole_number, help="steps of the sampler [ddim: 50, ddpm: 1000]")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="[ddim]")
-    parser.add_argument("--guidance", type=float, help=f"1 is off [{GUIDANCE} where there are classes]")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taken in turn [all]")
-    parser.add_argument("--seed", type=whole_number, default=0, help="of the first image [0]")
-    parser.add_argument("--batch-size", type=whole_number, default=250, help="images at a time [250]")
-    parser.add_argument("--npz", action="store_true", help="samples.npz as well: arr_0, (N, H, W, C) uint8")
-    parser.add_argument("--fid", action="store_true", help="FID against the training set (torch-fidelity)")
-    parser.add_argument("--fid-weights", metavar="FILE", help="Inception weights for --fid [downloaded]")
-    parser.add_argument("--out", metavar="NAME", help="of the files [samples; denoise; latents]")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable images, for --fid")
-    parser.add_argument("--denoise", action="store_true", help="a picture of the reverse process instead")
-    parser.add_argument("--compile", action="store_true", help="for many images: compile, then be faster")
-    parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
+    flag = parser.add_argument
+    flag("run", help="folder of a run of train.py")
+    flag("-n", "--count", type=whole_number, default=64, help="number of images [64]")
+    flag("--steps", type=whole_number, help="steps of the sampler [ddim: 50, ddpm: 1000]")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="[ddim]")
+    flag("--guidance", type=float, help=f"1 is off [{GUIDANCE} where there are classes]")
+    flag("--classes", nargs="+", metavar="CLASS", help="names or numbers, taken in turn [all]")
+    flag("--seed", type=whole_number, default=0, help="of the first image [0]")
+    flag("--batch-size", type=whole_number, default=250, help="images at a time [250]")
+    flag("--npz", action="store_true", help="samples.npz as well: arr_0, (N, H, W, C) uint8")
+    flag("--fid", action="store_true", help="FID against the training set (torch-fidelity)")
+    flag("--fid-weights", metavar="FILE", help="Inception weights for --fid [downloaded]")
+    flag("--out", metavar="NAME", help="of the files [samples; denoise; latents]")
+    flag("--skip-bad", action="store_true", help="leave out unreadable images, for --fid")
+    flag("--denoise", action="store_true", help="a picture of the reverse process instead")
+    flag("--compile", action="store_true", help="for many images: compile, then be faster")
+    flag("--device", help="cuda, mps or cpu [the first of these that is there]")
+    flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
     args.eta = 1.0 if args.sampler == "ddpm" else 0.0
     if args.steps is None:
@@ -67,13 +68,17 @@ def class_ids(names, classes, conditional):
     require(conditional or not names, "--classes needs a class-conditional run: train with --conditional.")
     if not conditional:
         return None
+    usable = ", ".join(classes[:10])
+    if len(classes) > 10:
+        usable += " ..."
+    numbers = []
+    if not any(map(str.isdecimal, classes)):        # where classes are called 01, 02, these are names
+        numbers = [str(k) for k in range(len(classes))]
+        usable += f" or 0 to {len(classes) - 1}"
     ids = []
-    numbers = [] if any(map(str.isdecimal, classes)) else [str(k) for k in range(len(classes))]
     for name in names or classes:
-        known = classes if name in classes else numbers                      # of classes 01, 02 no numbers
-        some = ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")
-        or_numbers = f" or 0 to {len(classes) - 1}" if numbers else ""
-        require(name in known, f"--classes {name} is not a class of this run: use {some}{or_numbers}.")
+        known = classes if name in classes else numbers
+        require(name in known, f"--classes {name} is not a class of this run: use {usable}.")
         ids.append(known.index(name))
     return ids
 

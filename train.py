@@ -709,8 +709,10 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
     vae = in_every_process(lambda: load_vae(name, device))
     require(size % scale_of(vae) == 0,
             f"--image-size {size} does not fit {name}: use a multiple of {scale_of(vae)}.")
+    blank = torch.zeros(1, vae.config.in_channels, size, size, device=vae.device)
+    shape = list(to_latents(vae, blank).shape[1:])
     if check:
-        check(to_latents(vae, torch.zeros(1, vae.config.in_channels, size, size, device=device)).shape[1:])
+        check(shape)
     part = from_first(lambda: make_folder(out))
     try:
         meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size)
@@ -721,7 +723,7 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
                 require(split == "test", str(e))
                 say(f"without a test part, which probes need: {e}")
                 continue
-            sums, shape = encode_split(vae, images, labels, part / split, size)
+            sums = encode_split(vae, images, labels, part / split, size, shape)
         # of the training part: number, sum and sum of squares of each channel
         number, total, squares = sums
         mean = total / number
@@ -807,18 +809,16 @@ def list_images(spec, split, size, skip_bad):
     return files, labels, classes
 
 
-def encode_split(vae, source, labels, folder, size):
-    """Writes latents.npy and labels.npy into a folder -> number, sum, sum of squares (3, C), their shape."""
+def encode_split(vae, source, labels, folder, size, shape):
+    """Writes latents.npy, of this shape each, and labels.npy -> number, sum, sum of squares (3, C)."""
     rank, world = processes()
     start, stop = rank * len(labels) // world, (rank + 1) * len(labels) // world
     C = vae.config.in_channels
     require(not torch.is_tensor(source) or source.shape[1] == C,
             f"the images do not have the {C} channels of the VAE: choose another --vae.")
-    blank = torch.zeros(1, C, size, size, device=vae.device)
-    shape = list(to_latents(vae, blank).shape[1:])
     from_first(lambda: make_files(folder, (2, len(labels), *shape), labels))
     sums = in_every_process(lambda: encode_share(vae, source, folder, start, stop, size))
-    return torch.stack(gather(sums)).sum(0), shape
+    return torch.stack(gather(sums)).sum(0)
 
 
 def make_files(folder, shape, labels):
@@ -1504,14 +1504,18 @@ def save(run, path):
     losses = finite_means(run, path)
     if run.rank > 0:
         return
-    config = asdict(run.cfg) | dict(data=resolve(run.cfg.data))
-    state = dict(step=run.images // run.cfg.batch_size, images=run.images, config=config,
+    state = dict(step=run.images // run.cfg.batch_size, images=run.images, config=resolved(run.cfg),
                  model=run.net.state_dict(), ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=[x * run.meter.steps for x in losses],
                  loss_count=run.meter.steps, shape=list(run.data.images.shape[1:]),
                  num_classes=run.num_classes, classes=run.data.classes, counts=counts_of(run.data),
                  latents=run.data.meta)
     save_file(path, lambda file: torch.save(state, file))
+
+
+def resolved(cfg):
+    """Its flags as a checkpoint keeps them, {name: value}: with the whole path of --data."""
+    return asdict(cfg) | dict(data=resolve(cfg.data))
 
 
 def counts_of(data):
@@ -1631,7 +1635,7 @@ def check_start(cfg, out, world, state=None):
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
     if not state:
         return
-    mine = asdict(cfg) | dict(data=resolve(cfg.data))
+    mine = resolved(cfg)
     kind = re.match("folder:|latents:|", cfg.data)[0]
     for name, value in asdict(state["config"]).items():
         moved = name == "data" and kind and value.startswith(kind)           # check_data looks into it
@@ -1678,7 +1682,7 @@ def train(cfg):
     start_log(run, out, resumed=state is not None)
     count = sum(p.numel() for p in run.net.parameters())
     if cfg.size == "tiny":
-        flags = {name: getattr(cfg, name) for name in tiny_recipe(cfg)}
+        flags = {name: getattr(cfg, name) for name in [*TINY, "conditional", "decay"]}
         say(f"tiny networks have flags of their own: {flags}")
     say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
 
