@@ -203,7 +203,9 @@ class UNet(nn.Module):
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         c = self.time_mlp(sinusoid(t, self.dim).to(x.dtype))                 # (B,) -> (B, dim) -> (B, E)
         if self.num_classes:
-            c = c + self.label_embed(torch.full_like(t, self.num_classes) if y is None else y)
+            if y is None:                                                    # no class
+                y = torch.full_like(t, self.num_classes, dtype=torch.int64)
+            c = c + self.label_embed(y)
         h = self.conv_in(x)                                                  # (B, dim, H, W)
         feats, skips, n = {}, [], 0
         for *blocks, downsample in self.down:
@@ -232,8 +234,8 @@ class UNet(nn.Module):
     def forward(self, x, t, y=None, return_features=False, return_z=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
 
-        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order;
-        with return_z also z (B, D).
+        t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
+        (B, D, h, w), in depth order; with return_z also z (B, D).
         """
         h, c, skips, feats = self.encoder(x, t, y)
 

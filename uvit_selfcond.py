@@ -188,7 +188,9 @@ class UViT(nn.Module):
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         tokens = [sinusoid(t, self.dim)[:, None].to(x.dtype), self.patch_embed(x).flatten(2).transpose(1, 2)]
         if self.num_classes:
-            label = self.label_embed(torch.full_like(t, self.num_classes) if y is None else y)
+            if y is None:                                                    # no class
+                y = torch.full_like(t, self.num_classes, dtype=torch.int64)
+            label = self.label_embed(y)
             tokens.insert(0, label[:, None])
         x = torch.cat(tokens, dim=1) + self.positions                        # (B, extras + N, D)
         feats, skips = {}, []
@@ -213,8 +215,8 @@ class UViT(nn.Module):
     def forward(self, x, t, y=None, return_features=False, return_z=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
 
-        t and y are int64. With return_features also a dict: name -> feature map (B, D, h, w), in depth order;
-        with return_z also z (B, D).
+        t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
+        (B, D, h, w), in depth order; with return_z also z (B, D).
         """
         x, c, skips, feats = self.encoder(x, t, y)
 

@@ -313,13 +313,25 @@ def test_training_follows_aggregate(name, monkeypatch):
 # --- inputs ---
 
 @each_net
-def test_no_class(name):
-    """y = None means class num_classes."""
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_no_class(name, dtype):
+    """y = None means class num_classes, whatever the type of t."""
     net = perturb(build(name, 5))
     x, t, _ = inputs(net)
     null = torch.full_like(t, 5)
-    assert torch.equal(net(x, t), net(x, t, null))
-    assert torch.equal(net.encode(x, t), net.encode(x, t, null))
+    for call in (net, net.encode):
+        assert torch.equal(call(x, t.to(dtype)), call(x, t, null))
+
+
+@each_case
+def test_times_between(name, classes):
+    """t may be float32: a whole number is what it is as an int64, and between two there are others."""
+    net = perturb(build(name, classes))
+    x, t, *y = inputs(net)
+    for call in (net, net.encode):
+        here, there, between = (call(x, at, *y) for at in (t, t + 1, t + 0.5))
+        assert torch.equal(call(x, t.float(), *y), here)
+        assert all((between - other).flatten(1).abs().amax(1).min() > 1e-3 for other in (here, there))
 
 
 @pytest.mark.parametrize("name, kwargs, words", [
@@ -372,9 +384,10 @@ def test_bfloat16(name):
 # --- the parts, against references ---
 
 @each_net
-def test_sinusoid(name):
+@pytest.mark.parametrize("times", [[0, 1, 37, 999], [0.25, 37.5, 999.75]])
+def test_sinusoid(name, times):
     """The time embedding is cos | sin of t 10000^(-i / half); in the UNet sin | cos, with half - 1."""
-    t, n = torch.tensor([0, 1, 37, 999]), 7 if name == "unet" else 8
+    t, n = torch.tensor(times), 7 if name == "unet" else 8
     order = (math.sin, math.cos) if name == "unet" else (math.cos, math.sin)
     expected = [[f(at * 10000 ** (-i / n)) for f in order for i in range(8)] for at in t.tolist()]
     out = MODULES[name].sinusoid(t, 16)
