@@ -1,13 +1,14 @@
-"""Gaussian diffusion: noise schedules, targets, the training loss, one sampler for DDIM and DDPM.
+"""Gaussian diffusion: four paths from images to noise, targets, the training loss, three samplers.
 
 Below a line, contrastive self-distillation.
 
 Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
-  time      t is an int64 in 0..T-1; t = 0 is almost clean, t = T-1 almost pure noise; a network gets t itself
-  noising   x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps    DDPM, arXiv 2006.11239, eq. 4
-  target    what the network predicts: eps, or
-            v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0      Progressive distillation, arXiv 2202.00512, eq. 9
+  time      t in 0..T: 0 is the image, T is noise; a network gets t itself
+  noising   x_t = a x0 / scale + s eps, a and s being functions of t
+  velocity  v = da x0 / scale + ds eps, the derivative of x_t
+  target    what the network predicts: eps or v
+  sigma     scale s / a: the noise-to-signal ratio, by which levels of two paths can be compared
   guidance  eps_null + w (eps_y - eps_null); w = 1 is off   arXiv 2207.12598, eq. 6, with w there = w - 1 here
 
 A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. The diffusion knows no more of it.
@@ -20,8 +21,79 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+TARGETS = ["eps", "v"]
+SAMPLERS = ["ddim", "ddpm", "heun"]
 
-# --- noise schedules ---
+
+# --- paths: a, s and their derivatives da, ds by the angle arctan(s / a), on flow's path by t / T ---
+#
+# On all of them a ds - s da = 1, so that x0 / scale = ds x_t - s v and eps = a v - da x_t.
+
+class Path:
+    """What paths of continuous time have in common: t is a float32 in 0..T.
+
+    Each path says coefficients(t) = (a, s, da, ds), t_of(sigma), and how training draws t.
+    """
+
+    scale = 1.0
+
+    def __init__(self, T):
+        self.T = T
+
+    def sigma(self, t):
+        """The noise-to-signal ratio at t (B,), in units of x0."""
+        a, s, _, _ = self.coefficients(t)
+        return self.scale * s / a
+
+    def abar(self, t):
+        """The image's share of the variance at t (B,), that of x0 taken as 1."""
+        return 1 / (1 + self.sigma(t) ** 2)
+
+    def draw_below(self, sigma, n, **on):
+        """n times, evenly drawn among those with less noise than sigma."""
+        return torch.rand(n, **on) * self.t_of(sigma)
+
+    def grid(self, steps, sampler):
+        """The times at which a sampler asks the network, from noise on; heun's are closest at the image."""
+        left = torch.linspace(1, 0, steps + 1)[:-1]
+        return self.T * (left ** 2 if sampler == "heun" else left)
+
+
+class Table(Path):
+    """DDPM: a^2 = abar_t, s^2 = 1 - abar_t (arXiv 2006.11239, eq. 4); t is an int64 in 0..T-1.
+
+    abar (T,) float64. The tables are stored as float32, where they are used.
+    """
+
+    def __init__(self, abar):
+        super().__init__(len(abar))
+        self.tables = torch.stack([abar, abar.sqrt(), (1 - abar).sqrt()]).float()
+        self.sigmas = ((1 - abar) / abar).sqrt()
+
+    def look_up(self, t):
+        """abar, its root and that of 1 - abar, each (B,)."""
+        self.tables = self.tables.to(t.device)
+        return self.tables[:, t]
+
+    def coefficients(self, t):
+        _, a, s = self.look_up(t)
+        return a, s, -s, a
+
+    def abar(self, t):
+        return self.look_up(t)[0]
+
+    def draw(self, n, **on):
+        return torch.randint(self.T, (n,), **on)
+
+    def draw_below(self, sigma, n, **on):
+        levels = torch.searchsorted(self.sigmas, sigma).item()
+        return torch.randint(levels, (n,), **on)
+
+    def grid(self, steps, sampler):
+        if sampler == "heun":
+            return (super().grid(steps, sampler) * (self.T - 1) / self.T).round().long()
+        return torch.linspace(self.T - 1, -1, steps + 1).round().long()[:-1]
+
 
 def linear_schedule(T):
     """abar (T,) float64 of betas that rise linearly; 1e-4 to 0.02 at T = 1000 (DDPM, section 4)."""
@@ -37,60 +109,96 @@ def cosine_schedule(T, s=0.008):
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
-SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
-TARGETS = ["eps", "v"]
+class EDM(Path):
+    """EDM (arXiv 2206.00364): t = T arctan(sigma / sigma_data) / (pi / 2); each x_t has unit variance.
+
+    The mean squared error of v is EDM's loss with its preconditioning and weight (table 1); v is -F there.
+    """
+
+    def __init__(self, T, sigma_data):
+        super().__init__(T)
+        self.scale = sigma_data
+
+    def coefficients(self, t):
+        angle = t * (math.pi / 2 / self.T)
+        a, s = angle.cos(), angle.sin()
+        return a, s, -s, a
+
+    def t_of(self, sigma):
+        return math.atan(sigma / self.scale) * (self.T / (math.pi / 2))
+
+    def draw(self, n, **on):
+        log_sigma = -1.2 - math.log(0.5) + 1.2 * torch.randn(n, **on)        # of sigma / sigma_data
+        return log_sigma.exp().atan() * (self.T / (math.pi / 2))
+
+
+class Flow(Path):
+    """Straight lines (rectified flow, arXiv 2209.03003); tau is logit-normal (arXiv 2403.03206, 3.1)."""
+
+    def coefficients(self, t):
+        tau = t / self.T
+        one = torch.ones_like(tau)
+        return 1 - tau, tau, -one, one
+
+    def t_of(self, sigma):
+        return sigma / (1 + sigma) * self.T
+
+    def draw(self, n, **on):
+        return torch.randn(n, **on).sigmoid() * self.T
+
+
+SCHEDULES = {
+    "linear": lambda T, sigma_data: Table(linear_schedule(T)),
+    "cosine": lambda T, sigma_data: Table(cosine_schedule(T)),
+    "edm": EDM,
+    "flow": lambda T, sigma_data: Flow(T),
+}
 
 
 class GaussianDiffusion:
-    """A noise schedule and what follows from it; has no parameters.
+    """A path and what follows from it; has no parameters.
 
-    T         number of noise levels
-    schedule  "linear" or "cosine"
-    target    "eps" or "v"
-    Raises ValueError for anything else. The tables abar, sqrt_abar and sqrt_1m_abar, each (T,), are computed
-    in float64 and stored as float32.
+    T           number of noise levels, or where the scale of t ends
+    schedule    "linear", "cosine", "edm" or "flow": the path
+    target      "eps" or "v"; edm and flow know v alone [v there, else eps]
+    sigma_data  of edm: the standard deviation of the data; 0.5 for images, 1 for latents
+    Raises ValueError for anything else.
     """
 
-    def __init__(self, T=1000, schedule="linear", target="eps"):
+    def __init__(self, T=1000, schedule="linear", target=None, sigma_data=0.5):
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}.")
-        if target not in TARGETS:
-            raise ValueError(f"unknown target {target!r}: use one of {', '.join(TARGETS)}.")
-        abar = SCHEDULES[schedule](T)
         self.T = T
-        self.target = target
-        self.abar = abar.float()
-        self.sqrt_abar = abar.sqrt().float()
-        self.sqrt_1m_abar = (1 - abar).sqrt().float()
+        self.path = SCHEDULES[schedule](T, sigma_data)
+        self.discrete = isinstance(self.path, Table)
+        self.target = target or ("eps" if self.discrete else "v")
+        if self.target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}: use one of {', '.join(TARGETS)}.")
+        if self.target == "eps" and not self.discrete:
+            raise ValueError(f"schedule {schedule} goes with target v alone, not {target}: leave it out.")
 
     def coefficients(self, t):
-        """Steps t (B,) -> a = sqrt(abar_t), s = sqrt(1 - abar_t), each (B, 1, 1, 1) on the device of t."""
-        if self.abar.device != t.device:                        # once: the tables move to where they are used
-            self.abar = self.abar.to(t.device)
-            self.sqrt_abar = self.sqrt_abar.to(t.device)
-            self.sqrt_1m_abar = self.sqrt_1m_abar.to(t.device)
-        a = self.sqrt_abar[t]
-        s = self.sqrt_1m_abar[t]
-        return a[:, None, None, None], s[:, None, None, None]
+        """Times t (B,) -> a, s, da, ds, each (B, 1, 1, 1) on the device of t."""
+        return [c[:, None, None, None] for c in self.path.coefficients(t)]
 
     def add_noise(self, x0, t, eps):
         """x0 and noise eps (B, C, H, W), t (B,) -> x_t."""
-        a, s = self.coefficients(t)
-        return a * x0 + s * eps
+        a, s, _, _ = self.coefficients(t)
+        return a * x0 / self.path.scale + s * eps
 
     def to_target(self, x0, t, eps):
         """What the network should say, (B, C, H, W)."""
         if self.target == "eps":
             return eps
-        a, s = self.coefficients(t)
-        return a * eps - s * x0
+        _, _, da, ds = self.coefficients(t)
+        return da * x0 / self.path.scale + ds * eps
 
     def to_x0_eps(self, out, x_t, t):
         """What the network said, out, in terms of (x0, eps), each (B, C, H, W)."""
-        a, s = self.coefficients(t)
+        a, s, da, ds = self.coefficients(t)
         if self.target == "eps":
             return (x_t - s * out) / a, out
-        return a * x_t - s * out, s * x_t + a * out
+        return self.path.scale * (ds * x_t - s * out), a * out - da * x_t
 
     def error(self, out, x0, t, eps):
         """Mean squared error of the network's answer out, over pixels, per image (B,) (DDPM, eq. 14).
@@ -116,52 +224,77 @@ class GaussianDiffusion:
         out_y, out_null = both.to(x.dtype).chunk(2)
         return out_null + guidance * (out_y - out_null)
 
+    def denoise(self, net, x, t, y=None, null=None, guidance=1.0, clip=True):
+        """x_t = x (B, C, H, W) at t (B,) -> what the network takes for x0 and eps."""
+        x0, eps = self.to_x0_eps(self.predict(net, x, t, y, null, guidance), x, t)
+        if clip:
+            a, s, _, _ = self.coefficients(t)
+            x0 = x0.clamp(-1, 1)
+            eps = (x - a * x0 / self.path.scale) / s                         # what then leads from x0 to x
+        return x0, eps
+
+    def default_steps(self, sampler):
+        """How many steps a sampler takes here. Raises ValueError where there is none of that name."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
+        if sampler == "ddpm" and not self.discrete:
+            raise ValueError("sampler ddpm needs schedule linear or cosine: use ddim or heun.")
+        return {"ddim": 50, "ddpm": self.T, "heun": 25}[sampler]
+
     @torch.no_grad()
-    def sample(self, net, noise, y=None, null=None, steps=50, eta=0.0, guidance=1.0, clip=True,
+    def sample(self, net, noise, y=None, null=None, steps=None, sampler="ddim", guidance=1.0, clip=True,
                randn=torch.randn_like, trace=None):
-        """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1) (DDIM, arXiv 2010.02502, eq. 12 and 16).
+        """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1).
+
+        They come along dx_t = x0 da / scale + eps ds, x0 and eps being what the network takes for them.
 
         y         classes (B,) or None
         null      the class id that means "no class"; needed for guidance
-        steps     1..T, evenly spaced from t = T-1; the last one goes to abar = 1
-        eta       0: DDIM, deterministic. 1 with steps = T: ancestral DDPM with its smaller variance
+        steps     1..T [ddim: 50, ddpm: T, heun: 25]
+        sampler   ddim  Euler's method: x0 and eps stand still in a step (arXiv 2010.02502, eq. 12)
+                  heun  their mean over both ends of the step; asks the network twice, in the last step once
+                  ddpm  ancestral, with its smaller variance (eq. 16, eta = 1); of linear and cosine
         guidance  1: off
         clip      bound the predicted x0 to [-1, 1] at every step; False for latents
-        randn     gives the noise of a step, called with a tensor like x_t (only where eta > 0)
-        trace     a list that receives (t, x_t, predicted x0) of every step
-        Raises ValueError for steps out of range and for guidance without y or null.
+        randn     gives the noise of a step of ddpm, called with a tensor like x_t
+        trace     a list that receives (t, scale x_t, predicted x0) of every step
+        Raises ValueError for a sampler that is unknown here, steps out of range, guidance without y or null.
         """
+        usual = self.default_steps(sampler)
+        steps = usual if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps = {steps} is out of range: use 1 to {self.T}.")
         if guidance != 1 and (y is None or null is None):
             raise ValueError(f"guidance = {guidance} needs classes: give y and null, or leave guidance at 1.")
-        a = self.sqrt_abar.tolist() + [1.0]                     # at [-1] and so at t = -1: no noise is left
-        s = self.sqrt_1m_abar.tolist() + [0.0]
-        times = torch.linspace(self.T - 1, -1, steps + 1).round().long().tolist()         # T-1, ..., -1
+        scale = self.path.scale
+        times = self.path.grid(steps, sampler).to(noise.device)
+        a, s, _, _ = [c.tolist() for c in self.path.coefficients(times)]
+        a, s = a + [1.0], s + [0.0]                             # the last step leads to no noise at all
+        asked = dict(y=y, null=null, guidance=guidance, clip=clip)
         x = noise
-        for t, r in zip(tqdm(times[:-1], desc="sampling", leave=False, delay=2, disable=None), times[1:]):
-            ts = torch.full((len(x),), t, device=x.device)
-            out = self.predict(net, x, ts, y, null, guidance)
-            x0, eps = self.to_x0_eps(out, x, ts)
-            if clip:
-                x0 = x0.clamp(-1, 1)
-                eps = (x - a[t] * x0) / s[t]                    # what then leads from x0 to x
+        for i in tqdm(range(steps), desc="sampling", leave=False, delay=2, disable=None):
+            x0, eps = self.denoise(net, x, times[i].repeat(len(x)), **asked)
             if trace is not None:
-                trace.append((t, x, x0))
-            var = (eta * s[r] / s[t]) ** 2 * (1 - (a[t] / a[r]) ** 2)                     # eq. 16
-            x = a[r] * x0 + max(s[r] ** 2 - var, 0) ** 0.5 * eps                          # eq. 12
+                trace.append((times[i].item(), scale * x, x0))
+            var = (s[i + 1] / s[i]) ** 2 * (1 - (a[i] / a[i + 1]) ** 2) if sampler == "ddpm" else 0
+            ahead = a[i + 1] * x0 / scale + max(s[i + 1] ** 2 - var, 0) ** 0.5 * eps
             if var > 0:
-                x = x + var ** 0.5 * randn(x)
-        return x
+                ahead = ahead + var ** 0.5 * randn(x)
+            if sampler == "heun" and i + 1 < steps:             # again, with the mean of here and there
+                x0_there, eps_there = self.denoise(net, ahead, times[i + 1].repeat(len(x)), **asked)
+                ahead = (x + (a[i + 1] - a[i]) * (x0 + x0_there) / (2 * scale)
+                         + (s[i + 1] - s[i]) * (eps + eps_there) / 2)
+            x = ahead
+        return scale * x
 
 
 # --- contrastive self-distillation: z of an image against the EMA teacher's z of another view of it ---
 #
 # student  z of the denoising pass itself, at its t, through a projector
-# teacher  z by the EMA network and its projector, of another view with less noise than at t = TEACHER_T
+# teacher  z by the EMA network and its projector, of another view with less noise than TEACHER_SIGMA
 # loss     InfoNCE: the student's image is to be found among all the teacher's images
 
-TEACHER_T = 100
+TEACHER_SIGMA = 0.341        # that of t = 100 on linear's path
 TEMPERATURE = 0.2
 
 

@@ -34,7 +34,7 @@ from train import (LAYOUT, VERSIONS, Data, Parser, build, check_writable, comman
                    whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
-LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # noise levels t: almost clean to hardly recognisable
+LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
 PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]      # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
 ITERATIONS = 30             # of the solver, for each penalty
 DAMPING = 1e-4              # of the curvature, which can be inverted then
@@ -468,9 +468,13 @@ def summary(result):
 
 
 def table(result):
-    """-> lines for the terminal: layers down, noise across; z marks the bottleneck, * the best place."""
+    """-> lines for the terminal: layers down, noise across; z marks the bottleneck, * the best place.
+
+    sigma is the noise-to-signal ratio: t is another amount of noise on another path.
+    """
     best = result["best"]["layer"], result["best"]["t"]
-    lines = [f"{'t':>10}   " + "".join(f"{t:6d} " for t in result["levels"])]
+    lines = [f"{'t':>10}   " + "".join(f"{t:6d} " for t in result["levels"]),
+             f"{'sigma':>10}   " + "".join(f"{sigma:6.3f} " for sigma in result["sigmas"])]
     for name, values in zip(result["layers"], result["held_out"]):
         z = "z" if name == result["bottleneck"] else " "
         line = f"{name:>10} {z} "
@@ -497,15 +501,17 @@ def draw_map(result, file):
     what = f"{METRICS[result['metric']]} of linear probes on held-out images of {result['data']} (%)"
     values = 100 * np.array(result["held_out"])
     shade = (values - values.min()) / max(np.ptp(values), 1e-9)     # 0..1
-    picture, pen = canvas(210 + 92 * len(values[0]), 160 + 40 * len(values),
+    picture, pen = canvas(210 + 92 * len(values[0]), 190 + 40 * len(values),
                           [(what, "black"), (summary(result), "black")])
-    for j, t in enumerate(result["levels"]):
-        pen.text((240 + 92 * j, 120), f"t = {t}", "black", anchor="mm")
+    pen.text((180, 146), "noise / signal", "black", anchor="rm")
+    for j, (t, sigma) in enumerate(zip(result["levels"], result["sigmas"])):
+        pen.text((240 + 92 * j, 118), f"t = {t}", "black", anchor="mm")
+        pen.text((240 + 92 * j, 146), f"{sigma:.3f}", "black", anchor="mm")
     for i, name in enumerate(result["layers"]):
         z = " (z)" if name == result["bottleneck"] else ""
-        pen.text((180, 160 + 40 * i), name + z, "black", anchor="rm")
+        pen.text((180, 190 + 40 * i), name + z, "black", anchor="rm")
         for j, t in enumerate(result["levels"]):
-            x, y = 240 + 92 * j, 160 + 40 * i               # the cell's middle
+            x, y = 240 + 92 * j, 190 + 40 * i               # the cell's middle
             best = name == result["best"]["layer"] and t == result["best"]["t"]
             colour = 255, int(250 - 110 * shade[i, j]), int(240 - 200 * shade[i, j])
             pen.rectangle((x - 44, y - 18, x + 44, y + 18), colour, "red" if best else None, 4)
@@ -618,6 +624,7 @@ def probe_run(args):
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=len(train.images),
                   test_images=len(test.images), trained_on=state["images"], seed=args.seed,
                   augment=args.augment, device=str(device), versions=VERSIONS)
+    result["sigmas"] = [round(sigma, 5) for sigma in diffusion.path.sigma(torch.tensor(args.t)).tolist()]
     result.update(study(source, train, test, K, args.t, args))
     picture = path.with_suffix(".png")
     write_result(result, path, loaded, stale=picture)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 
+from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, check_writable, command, compile_parts, finite, load_data, load_run,
                    moments_of, pick_autocast, progress, require, save_file, save_grid, say, seeded_noise,
                    setup, to_pixels, to_uint8, vae_of, whole_number)
@@ -29,8 +30,8 @@ def parse(argv):
     flag = parser.add_argument
     flag("run", help="folder of a run of train.py")
     flag("-n", "--count", type=whole_number, default=64, help="number of images [64]")
-    flag("--steps", type=whole_number, help="steps of the sampler [ddim: 50, ddpm: 1000]")
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="[ddim]")
+    flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is for linear and cosine paths [ddim]")
+    flag("--steps", type=whole_number, help="of the sampler [ddim: 50, ddpm: 1000, heun: 25]")
     flag("--guidance", type=float, help=f"1 is off [{GUIDANCE} where there are classes]")
     flag("--classes", nargs="+", metavar="CLASS", help="names or numbers, taken in turn [all]")
     flag("--seed", type=whole_number, default=0, help="of the first image [0]")
@@ -45,9 +46,6 @@ def parse(argv):
     flag("--device", help="cuda, mps or cpu [the first of these that is there]")
     flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
-    args.eta = 1.0 if args.sampler == "ddpm" else 0.0
-    if args.steps is None:
-        args.steps = 1000 if args.sampler == "ddpm" else 50
     most = 10_000_000                               # they are kept in memory
     require(0 < args.count <= most, f"--count {args.count} is not possible: use 1 to {most:,}.")
     require(abs(args.seed) < 2 ** 62, f"--seed {args.seed} is not possible: use fewer digits.")
@@ -93,7 +91,7 @@ def draw(args, state, net, diffusion, device, ids, indices, trace=None):
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     with autocast():
         return diffusion.sample(net, next_noise().to(device), y, null=state["num_classes"], steps=args.steps,
-                                eta=args.eta, guidance=args.guidance, clip=not state["latents"],
+                                sampler=args.sampler, guidance=args.guidance, clip=not state["latents"],
                                 randn=lambda like: next_noise().to(device), trace=trace)
 
 
@@ -141,7 +139,7 @@ def draw_denoise(steps, file):
     font = ImageFont.load_default(14)
     for column, (t, x_t, x0) in enumerate(steps):
         x = left + column * (size + gap)
-        pen.text((x + size / 2, top / 2), f"t = {t}", "black", font, "mm")
+        pen.text((x + size / 2, top / 2), f"t = {t:.0f}", "black", font, "mm")
         tiles = torch.stack([x_t, x0], dim=1).flatten(0, 1)                  # x_t, x0 of each image in turn
         for row, tile in enumerate(to_uint8(tiles).expand(-1, 3, -1, -1)):
             y = top + row * (size + gap)
@@ -175,7 +173,13 @@ def fid(images, real, weights, device):
 
 
 def check(args, state, diffusion, ids):
-    """Do the flags fit the run? Fills in --guidance. Raises UserError."""
+    """Do the flags fit the run? Fills in --steps and --guidance. Raises UserError."""
+    try:
+        usual = diffusion.default_steps(args.sampler)
+    except ValueError as e:
+        require(False, str(e))
+    if args.steps is None:
+        args.steps = usual
     if args.guidance is None:
         args.guidance = GUIDANCE if ids else 1.0
     require(math.isfinite(args.guidance), f"--guidance {args.guidance} is no number: use {GUIDANCE}.")

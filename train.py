@@ -49,7 +49,7 @@ from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, TEACHER_T, GaussianDiffusion, Student, augment, contrast,
+from diffusion import (SCHEDULES, TARGETS, TEACHER_SIGMA, GaussianDiffusion, Student, augment, contrast,
                        make_projector, teacher_keys)
 from dit_selfcond import DiT
 from unet_selfcond import UNet
@@ -151,8 +151,8 @@ class Config:
     self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
     distill: float = flag(None, "weight of contrastive self-distillation of z, say 0.005 to 0.02 [off]")
     distill_images: int = flag(None, "images over which that weight falls linearly to 0 [never]")
-    target: str = flag("eps", "what the network predicts [eps]", TARGETS)
-    schedule: str = flag("linear", "noise schedule [linear]", list(SCHEDULES))
+    schedule: str = flag("linear", "path from images to noise [linear]", list(SCHEDULES))
+    target: str = flag(None, "what the network predicts [edm, flow: v; else eps]", TARGETS)
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
     precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
     compile: bool = flag(True, "torch.compile and CUDA graphs, where CUDA and Triton are [on]")
@@ -163,7 +163,7 @@ class Config:
 GROUPS = dict(model="network and data", out="the run", batch_size="the optimiser", conditional="the method",
               device="the machine")
 # --size tiny: what a short run on a CPU wants, and how many images of 16 x 16 it needs, in 2 to 4 minutes
-TINY = dict(target="v", schedule="cosine", batch_size=64, lr=4e-3, warmup=6_400, ema=20_000,
+TINY = dict(schedule="cosine", target="v", batch_size=64, lr=4e-3, warmup=6_400, ema=20_000,
             save_every=20_000, sample_every=40_000)
 TINY_IMAGES = {"unet": 60_000, "uvit": 450_000, "dit": 400_000}
 # what may be another on --resume
@@ -274,6 +274,7 @@ def parse_config(argv=None):
     if cfg.size is None:
         cfg.size = DEFAULT_SIZE[cfg.model]
     check_config(cfg)
+    cfg.target = make_diffusion(cfg).target
     if cfg.images is None and cfg.minutes is None:
         cfg.images = recipe.get("decay", 10_000_000)
     if cfg.out is None:
@@ -1135,18 +1136,26 @@ def save_grid(images, file, columns):
 
 # --- checkpoint ---------------------------------------------------------------------------------------------
 
+def make_diffusion(cfg):
+    """Raises UserError where --target does not fit --schedule."""
+    latents = cfg.vae or cfg.data.startswith("latents:")         # of unit variance
+    try:
+        return GaussianDiffusion(schedule=cfg.schedule, target=cfg.target, sigma_data=1.0 if latents else 0.5)
+    except ValueError as e:
+        raise UserError(str(e))
+
+
 def build(cfg, shape, num_classes, device):
     """-> network for images of this shape (C, H, W) on the device, diffusion. Raises UserError."""
     channels, side, _ = shape
     net_class = MODELS[cfg.model]
     try:
         net = net_class(side, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
-        diffusion = GaussianDiffusion(schedule=cfg.schedule, target=cfg.target)
     except (ValueError, RuntimeError, MemoryError, OverflowError) as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
     if cfg.distill:                                 # last: the rest starts as it does without
         net.projector = make_projector(net)
-    return net.to(device, memory_format=LAYOUT[device.type]), diffusion
+    return net.to(device, memory_format=LAYOUT[device.type]), make_diffusion(cfg)
 
 
 def check_shape(cfg, shape):
@@ -1242,7 +1251,7 @@ class Batches:
     file, fetched one batch ahead.
     """
 
-    def __init__(self, data, cfg, T, device, rank=0, world=1):
+    def __init__(self, data, cfg, diffusion, device, rank=0, world=1):
         images = data.images
         if data.meta:
             images = data.both.flatten(0, 1)        # 2 N: latents of images, then of flipped images
@@ -1252,7 +1261,7 @@ class Batches:
         self.images = images.to(device) if resident else images
         self.labels = data.labels.to(device) if resident else data.labels
         self.resident, self.moments = resident, moments_of(data.meta, device)
-        self.cfg, self.T, self.K, self.device = cfg, T, len(data.classes), device
+        self.cfg, self.diffusion, self.K, self.device = cfg, diffusion, len(data.classes), device
         self.mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.pool = None if resident else ThreadPoolExecutor(1)
         self.ahead = {}                             # step -> what the pool fetches for it
@@ -1287,23 +1296,23 @@ class Batches:
         on = dict(generator=torch.Generator(self.device), device=self.device)
         on["generator"].manual_seed(mix(self.cfg.seed, step, 1))
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
-        t = torch.randint(self.T, (B,), **on)[self.mine]
+        t = self.diffusion.path.draw(B, **on)[self.mine]
         noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
         if self.moments is None:
             x0 = torch.where(flip, x0.flip(3), x0)
         return x0, t, noise, torch.where(drop, self.K, y) if self.cfg.conditional else None
 
-    def noisy_view(self, x0, step, diffusion):
+    def noisy_view(self, x0, step):
         """Another view of each image, with a little noise: x_t, t. A function of (seed, step) as well."""
         B = self.cfg.batch_size
         on = dict(generator=torch.Generator(self.device), device=self.device)
         on["generator"].manual_seed(mix(self.cfg.seed, step, 0, 1))
         u = torch.rand(B, 4, **on)[self.mine]
-        t = torch.randint(TEACHER_T, (B,), **on)[self.mine]
+        t = self.diffusion.path.draw_below(TEACHER_SIGMA, B, **on)[self.mine]
         noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
         view = augment(x0, u).to(memory_format=LAYOUT[self.device.type])
-        return diffusion.add_noise(view, t, noise), t
+        return self.diffusion.add_noise(view, t, noise), t
 
 
 class Meter:
@@ -1372,7 +1381,7 @@ def prepare(cfg, data, device, rank=0, world=1, state=None):
     autocast, dtype = pick_autocast(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model = Student(net) if cfg.distill else net
-    batches = Batches(data, cfg, diffusion.T, device, rank, world)
+    batches = Batches(data, cfg, diffusion, device, rank, world)
     meter = Meter(device, images=0)
     run = Run(cfg, data, device, rank, world, net, ema, model, diffusion, optimizer, scaler, autocast,
               batches, meter)
@@ -1407,8 +1416,9 @@ def make_fast(run):
         compile_parts(run.ema)
     shape = run.data.images.shape[1:]
     x = torch.zeros(run.micro, *shape, device=run.device).to(memory_format=LAYOUT["cuda"])
-    t = torch.zeros(run.micro, dtype=torch.int64, device=run.device)
-    inputs = (x, t, t.clone()) if run.num_classes else (x, t)
+    t = run.diffusion.path.draw(run.micro, device=run.device)
+    y = torch.zeros(run.micro, dtype=torch.int64, device=run.device)
+    inputs = (x, t, y) if run.num_classes else (x, t)
     with run.autocast():
         run.model = torch.cuda.make_graphed_callables(run.model, inputs)
     for w in run.net.parameters():                  # else w.grad would be memory of the graph
@@ -1439,7 +1449,7 @@ def update_ema(ema, net, cfg, images):
 def all_keys(run, x0, step):
     """What the teacher says of another view of each image of the whole batch, (B, 128)."""
     with run.autocast():
-        keys = teacher_keys(run.ema, *run.batches.noisy_view(x0, step, run.diffusion), run.micro)
+        keys = teacher_keys(run.ema, *run.batches.noisy_view(x0, step), run.micro)
     if not dist.is_initialized():
         return keys
     every = [torch.empty_like(keys) for _ in range(run.world)]
@@ -1453,7 +1463,7 @@ def distillation_loss(run, p, keys, weight, i, t):
         return 0 * p.sum(1)                         # DDP waits for a gradient of every parameter
     own = run.rank * run.share + i + torch.arange(len(p), device=run.device)    # keys are in order of ranks
     # the more of an image is left, the more its z can know
-    return run.diffusion.abar[t] * contrast(p, keys, own)
+    return run.diffusion.path.abar(t) * contrast(p, keys, own)
 
 
 def train_step(run, step):

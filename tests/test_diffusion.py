@@ -3,19 +3,27 @@ import math
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import ROOT, error
-from diffusion import GaussianDiffusion
+from diffusion import TEACHER_SIGMA, GaussianDiffusion
 
-SCHEDULES, TARGETS = ("linear", "cosine"), ("eps", "v")
-schedules = pytest.mark.parametrize("schedule", SCHEDULES)
-targets = pytest.mark.parametrize("target", TARGETS)
+TABLES = ("linear", "cosine")
+PATHS = [*((schedule, target) for schedule in TABLES for target in ("eps", "v")), ("edm", "v"), ("flow", "v")]
+paths = pytest.mark.parametrize("schedule, target", PATHS)
+samplers = pytest.mark.parametrize("sampler", ["ddim", "heun"])
+scales = pytest.mark.parametrize("schedule, data", [("linear", 1), ("cosine", 1), ("edm", 0.5), ("edm", 1),
+                                                    ("flow", 1)])               # data: sigma_data of edm
+sampled = pytest.mark.parametrize("schedule, target, sampler", [
+    *((*path, sampler) for path in PATHS for sampler in ("ddim", "heun")),
+    *((*path, "ddpm") for path in PATHS if path[0] in TABLES)])
 
 
+@cache
 def abars(schedule, T=1000):
     """abar_0 ... abar_(T-1) as a list of Python floats, each a running product."""
     def f(t):
@@ -32,6 +40,21 @@ def abars(schedule, T=1000):
     return result
 
 
+def angle(schedule, t, T=1000):
+    """arctan(s / a) at t, a number or a tensor, in float64."""
+    if schedule in TABLES:
+        return torch.tensor(abars(schedule, T), dtype=torch.float64)[t].sqrt().acos()
+    tau = torch.as_tensor(t, dtype=torch.float64) / T
+    return math.pi / 2 * tau if schedule == "edm" else (tau / (1 - tau)).atan()
+
+
+def curve(schedule, t, T=1000):
+    """a, s, da, ds at t, each like t."""
+    a, s = angle(schedule, t, T).cos(), angle(schedule, t, T).sin()
+    one = torch.ones_like(a)
+    return (a / (a + s), s / (a + s), -one, one) if schedule == "flow" else (a, s, -s, a)
+
+
 def toy(x, t, y=None):
     """A network that is not linear in x and differs with t and y."""
     y = torch.zeros_like(t) if y is None else y
@@ -44,54 +67,90 @@ def images(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@schedules
+@scales
 @pytest.mark.parametrize("T", [100, 1000])
-def test_schedule(schedule, T):
-    """The tables are the running product of 1 - beta, to float32's precision.
+def test_schedule(schedule, data, T):
+    """At every t: a, s, da, ds, sigma in units of x0, and abar = 1 / (1 + sigma^2), to float32's precision.
 
     Relative error, so that a table computed in float32 fails: sqrt(1 - abar) loses four digits at t = 0.
     """
-    diffusion, abar = GaussianDiffusion(T, schedule), torch.tensor(abars(schedule, T), dtype=torch.float64)
-    expected = {"abar": abar, "sqrt_abar": abar.sqrt(), "sqrt_1m_abar": (1 - abar).sqrt()}
-    for name, values in expected.items():
-        table = getattr(diffusion, name)
-        assert table.dtype == torch.float32 and table.shape == (T,)
-        assert error(table / values, torch.ones(T)) < 2e-7, name
-    assert (diffusion.abar.diff() < 0).all(), "abar must fall"
-    assert 0 < diffusion.abar.min() and diffusion.abar.max() < 1
+    path, table = GaussianDiffusion(T, schedule, sigma_data=data).path, schedule in TABLES
+    t, precision = (torch.arange(T), 2e-7) if table else (torch.arange(1.0, T), 1e-4)
+    a, s, da, ds = curve(schedule, t, T)
+    sigma, abar = path.sigma(t), path.abar(t)
+    expected = a, s, da, ds, 1 / (1 + (data * s / a) ** 2), data * s / a
+    for found, values in zip((*path.coefficients(t), abar, sigma), expected):
+        assert found.dtype == torch.float32 and found.shape == t.shape
+        assert error(found / values, torch.ones(len(t))) < precision * (2 if found is sigma else 1)
+    assert (abar.diff() < 0).all() and 0 < abar.min() and abar.max() < 1
+    assert table or error([path.t_of(x) for x in sigma.tolist()], t) < 1e-6 * T
 
 
-@schedules
-@targets
-def test_round_trip(schedule, target):
-    """What the network should say, taken back apart, is x0 and the noise."""
-    diffusion = GaussianDiffusion(schedule=schedule, target=target)
-    t = torch.tensor([0, 1, 250, 500, 900, 990])
+@scales
+def test_draw(schedule, data):
+    """In training, t of tables is even, log sigma of edm ~ N(-1.2, 1.2^2) on images, logit(tau) ~ N(0, 1)."""
+    path, n = GaussianDiffusion(400, schedule, sigma_data=data).path, 40_000
+    t, again = (path.draw(n, generator=torch.Generator().manual_seed(0), device="cpu") for _ in range(2))
+    assert torch.equal(t, again) and t.dtype == (torch.int64 if schedule in TABLES else torch.float32)
+    assert schedule not in TABLES or t.min() == 0 and t.max() == 399
+    even = t / 399                                          # the distribution function of t
+    if schedule not in TABLES:
+        z = angle(schedule, t, 400).tan().log()             # log(sigma / data); of flow logit(tau)
+        z = (z + 1.2 - math.log(2)) / 1.2 if schedule == "edm" else z
+        assert abs(z.mean()) < 0.015 and abs(z.std() - 1) < 0.015
+        even = torch.special.ndtr(z)
+    assert error(even.sort().values, torch.linspace(0, 1, n)) < 0.01
+
+
+@scales
+@pytest.mark.parametrize("sigma", [TEACHER_SIGMA, 2.0])
+def test_draw_below(schedule, data, sigma):
+    """draw_below is even among the times with less noise than sigma; TEACHER_SIGMA is linear's at t = 100."""
+    path, n = GaussianDiffusion(schedule=schedule, sigma_data=data).path, 40_000
+    t, again = (path.draw_below(sigma, n, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(t, again)
+    most = math.atan(sigma / data) * 2000 / math.pi if schedule == "edm" else 1000 * sigma / (1 + sigma)
+    if schedule in TABLES:
+        most = sum(a > 1 / (1 + sigma ** 2) for a in abars(schedule)) - 1
+        assert t.dtype == torch.int64 and t.min() == 0 and t.max() == most
+        assert (schedule, sigma) != ("linear", TEACHER_SIGMA) or most == 99
+    assert t.max() < most * 1.000001 and error((t / most).sort().values, torch.linspace(0, 1, n)) < 0.015
+
+
+@paths
+@pytest.mark.parametrize("T", [400, 1000])
+def test_round_trip(schedule, target, T):
+    """What the network should say, taken back apart, is x0 and noise; bounded or not, they lead to x_t."""
+    diffusion, scale = GaussianDiffusion(T, schedule, target, 0.7), 0.7 if schedule == "edm" else 1
+    t = torch.tensor([0, 1, T // 4, T // 2, T - 10, T - 1 if schedule in TABLES else T])
     x0, noise = (images(6, 2, 4, 4, seed=seed) for seed in (1, 2))
-    abar = torch.tensor(abars(schedule), dtype=torch.float64)[t][:, None, None, None]
+    a, s, da, ds = curve(schedule, t.view(6, 1, 1, 1), T)
     x_t = diffusion.add_noise(x0, t, noise)
-    assert error(x_t, abar.sqrt() * x0 + (1 - abar).sqrt() * noise) < 1e-6
+    assert error(x_t, a * x0 / scale + s * noise) < 1e-6
     out = diffusion.to_target(x0, t, noise)
-    assert error(out, noise if target == "eps" else abar.sqrt() * noise - (1 - abar).sqrt() * x0) < 1e-6
+    assert error(out, noise if target == "eps" else da * x0 / scale + ds * noise) < 1e-6
     x0_back, noise_back = diffusion.to_x0_eps(out, x_t, t)
     assert error(x0_back, x0) < 1e-6 and error(noise_back, noise) < 1e-6
+    x0_back, noise_back = diffusion.denoise(lambda x, t: out[1:], x_t[1:], t[1:])
+    assert error(x0_back, x0[1:].clamp(-1, 1)) < 1e-6
+    assert error(diffusion.add_noise(x0_back, t[1:], noise_back), x_t[1:]) < 1e-9
 
 
-@targets
+@paths
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (3, 2, 5, 5)])
 @pytest.mark.parametrize("classes", [False, True])
-def test_loss(target, shape, classes):
+def test_loss(schedule, target, shape, classes):
     """loss, and error of an answer at hand: each image's squared error, mean over pixels and channels."""
-    diffusion, B = GaussianDiffusion(target=target), shape[0]
+    diffusion, B = GaussianDiffusion(schedule=schedule, target=target, sigma_data=1), shape[0]
     x0, noise = (images(*shape, seed=seed, dtype=torch.float32) for seed in (1, 2))
     t, y = torch.tensor([10, 500, 900])[:B], torch.arange(1, 1 + B) if classes else None
-    loss, abar = diffusion.loss(toy, x0, t, noise, y), abars("linear")
+    loss = diffusion.loss(toy, x0, t, noise, y)
     assert loss.shape == (B,)
     for i in range(B):
-        a, s, one = abar[t[i]] ** 0.5, (1 - abar[t[i]]) ** 0.5, slice(i, i + 1)
+        (a, s, _, _), one = curve(schedule, t[i].item()), slice(i, i + 1)
         out = toy(a * x0[one] + s * noise[one], t[one], y[one] if classes else None)
-        pixels = zip(*(values.flatten().tolist() for values in (out, x0[i], noise[i])))
-        wrong = [o - (e if target == "eps" else a * e - s * x) for o, x, e in pixels]
+        v = noise[one] - x0[one] if schedule == "flow" else a * noise[one] - s * x0[one]
+        wrong = (out - (noise[one] if target == "eps" else v)).flatten().tolist()
         expected = sum(w * w for w in wrong) / len(wrong)
         assert abs(loss[i].item() - expected) < 1e-5
         assert abs(diffusion.error(out, x0[one], t[one], noise[one]).item() - expected) < 1e-5
@@ -99,75 +158,101 @@ def test_loss(target, shape, classes):
     assert half.dtype == torch.float32, "the error of a bfloat16 network is taken in float32"
 
 
-@schedules
-@targets
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
-def test_exact_denoiser(schedule, target, eta, steps):
+@pytest.mark.parametrize("data", [0.5, 1])
+def test_loss_of_edm(data):
+    """edm's loss is lambda |D - x0|^2 with D = c_skip x + c_out F(c_in x), F = -net (EDM, table 1, eq. 8)."""
+    diffusion = GaussianDiffusion(400, "edm", sigma_data=data)
+    x0, noise = data * images(5, 2, 4, 4, seed=1), images(5, 2, 4, 4, seed=2)
+    sigma = torch.tensor([0.002, 0.1, data, 3, 80], dtype=torch.float64).view(5, 1, 1, 1)
+    t = ((sigma / data).atan() * 2 / math.pi * 400).flatten().float()
+    x, total = x0 + sigma * noise, sigma ** 2 + data ** 2
+    c_skip, c_out, c_in = data ** 2 / total, sigma * data / total.sqrt(), 1 / total.sqrt()
+    D = c_skip * x + c_out * -toy(c_in * x, t)
+    expected = (total / (sigma * data) ** 2 * (D - x0) ** 2).mean((1, 2, 3))
+    assert error(diffusion.loss(toy, x0, t, noise), expected) < 1e-5
+    assert error(diffusion.denoise(toy, c_in * x, t, clip=False)[0], D) < 1e-5
+
+
+@sampled
+@pytest.mark.parametrize("steps", [1, 2, 7, 150])
+def test_exact_denoiser(schedule, target, sampler, steps):
     """A network that knows one image brings it back at any number of steps.
 
-    One step of cosine with eps divides by sqrt(abar_999) = 5e-5, beyond float32: that case runs in float64.
+    The first step of cosine with eps divides by sqrt(abar_999) = 5e-5, beyond float32: it runs in float64.
     """
-    dtype = torch.float64 if (schedule, target, steps) == ("cosine", "eps", 1) else torch.float32
+    dtype = torch.float64 if (schedule, target) == ("cosine", "eps") else torch.float32
     diffusion = GaussianDiffusion(schedule=schedule, target=target)
     image = images(1, 2, 4, 4, dtype=dtype).tanh()
 
     def net(x, t):
-        a, s = diffusion.coefficients(t)
-        eps = (x - a * image) / s
-        return eps if target == "eps" else a * eps - s * image
+        a, s, _, _ = diffusion.coefficients(t)
+        return diffusion.to_target(image, t, (x - a * image / diffusion.path.scale) / s)
 
-    result = diffusion.sample(net, images(3, 2, 4, 4, seed=1, dtype=dtype), steps=steps, eta=eta)
+    result = diffusion.sample(net, images(3, 2, 4, 4, seed=1, dtype=dtype), steps=steps, sampler=sampler)
     assert result.dtype == dtype
     assert error(result, image.expand_as(result)) < 1e-3
 
 
-@pytest.mark.parametrize("eta, tolerance", [(0.0, 0.004), (1.0, 0.008)])
-def test_gaussian_data(eta, tolerance):
-    """Data ~ N(0, 0.5^2) with its exact denoiser gives samples of that spread; fewer steps are worse.
+@sampled
+def test_gaussian_data(schedule, target, sampler):
+    """Data ~ N(0, 0.3^2) with its exact denoiser gives that spread, but for an error of order 1, of heun 2.
 
-    All is linear: each noise is a unit vector of its own, and the result's length the standard deviation.
+    All is linear: noises are unit vectors, a length is a deviation. heun is compared before its last step.
     """
-    diffusion, abar = GaussianDiffusion(), abars("linear")
+    diffusion, heun = GaussianDiffusion(schedule=schedule, target=target), sampler == "heun"
+    data = 0.3 / diffusion.path.scale
 
     def net(x, t):
-        a = abar[t[0]]
-        return x * ((1 - a) ** 0.5 / (0.25 * a + 1 - a))                        # E[eps | x_t]
+        a, s, da, ds = curve(schedule, t[0].item())
+        x0, eps = (part * x / ((data * a) ** 2 + s ** 2) for part in (data ** 2 * a, s))        # E[. | x_t]
+        return eps if target == "eps" else da * x0 + ds * eps
 
     def off(steps):
-        noises = [*torch.eye(steps).view(steps, 1, 1, 1, steps)]
-        x = diffusion.sample(net, noises.pop(), steps=steps, eta=eta, clip=False,
-                             randn=lambda x: noises.pop())
-        assert len(noises) == (0 if eta else steps - 1)
-        return abs(x.norm().item() / 0.5 - 1)
+        trace = []
+        noises = [*torch.eye(steps, dtype=torch.float64).view(steps, 1, 1, 1, steps)]
+        x = diffusion.sample(net, noises.pop(), steps=steps, sampler=sampler, clip=False,
+                             randn=lambda x: noises.pop(), trace=trace)
+        assert len(noises) == (0 if sampler == "ddpm" else steps - 1)
+        _, x, _ = trace[-1] if heun else (0, x, 0)
+        a, s, _, _ = curve(schedule, trace[-1][0]) if heun else (1, 0, 0, 0)
+        return abs(x.norm().item() / diffusion.path.scale / ((data * a) ** 2 + s ** 2) ** 0.5 - 1)
 
-    assert off(1000) < tolerance
-    assert off(50) > off(1000)
-
-
-@schedules
-@targets
-@pytest.mark.parametrize("steps", [3, 50, 1000])
-def test_ddim_is_euler(schedule, target, steps):
-    """DDIM is Euler's method for dx'/dsigma = eps: x' = x / sqrt(abar), sigma = sqrt((1 - abar) / abar)."""
-    diffusion, noise = GaussianDiffusion(schedule=schedule, target=target), images(2, 1, 4, 4)
-    scale = [1 / a ** 0.5 for a in abars(schedule)] + [1.0]                     # [-1]: no noise
-    sigma = [((1 - a) / a) ** 0.5 for a in abars(schedule)] + [0.0]
-    times = [round(999 - 1000 / steps * i) for i in range(steps + 1)]
-    x = scale[999] * noise                                                      # x'
-    for t, s in zip(times, times[1:]):
-        eps = toy(x / scale[t], torch.full((2,), t))
-        if target == "v":
-            eps = (sigma[t] * x / scale[t] + eps) / scale[t]
-        x = x + (sigma[s] - sigma[t]) * eps
-    result = diffusion.sample(toy, noise, steps=steps, clip=False)
-    assert error(result, x) < 2e-5 * x.abs().max()          # float32 tables; x is large where toy is eps
+    few, more = (25, 50) if heun else (100, 500)
+    order = math.log(off(few) / off(more)) / math.log(more / few)
+    assert off(few) < 0.1 and abs(order - (2 if heun else 1)) < 0.2
 
 
-@schedules
+@paths
+@samplers
+@pytest.mark.parametrize("steps", [1, 2, 30, 200])
+def test_steps(schedule, target, sampler, steps):
+    """In a step ddim keeps z = x0 + i eps, heun takes its mean of both ends; x = Re z e^(-i angle).
+
+    So ddim is Euler's method for d(x / a) / dsigma = eps. On flow, they are Euler's, Heun's for dx/dtau = v.
+    """
+    diffusion, trace, x = GaussianDiffusion(schedule=schedule, target=target), [], images(2, 1, 4, 4)
+    result = diffusion.sample(toy, x, steps=steps, sampler=sampler, clip=False, trace=trace)
+    place = [t / 1000 if schedule == "flow" else torch.exp(-1j * angle(schedule, t)) for t, _, _ in trace]
+    place.append(0 if schedule == "flow" else 1)
+
+    def slope(x, i):                                        # z; flow: v
+        out, at = toy(x, torch.full((2,), trace[i][0])), place[i]
+        if target == "eps":
+            return (x + at.imag * out) / at.real + 1j * out
+        return out if schedule == "flow" else (x + 1j * out) / at
+
+    for i in range(steps):
+        z, step = slope(x, i), place[i + 1] - place[i]
+        if sampler == "heun" and i + 1 < steps:
+            z = (z + slope(x + torch.as_tensor(step * z).real, i + 1)) / 2
+        x = x + torch.as_tensor(step * z).real
+    assert error(result, diffusion.path.scale * x) < 2e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("schedule", TABLES)
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddpm_is_posterior(schedule, clip):
-    """eta = 1 with steps = T draws from DDPM's q(x_(t-1) | x_t, x0), eq. 6-7; the last step adds no noise."""
+    """ddpm in T steps draws from DDPM's q(x_(t-1) | x_t, x0), eq. 6-7; the last step adds no noise."""
     noises, trace, abar = [], [], abars(schedule)
 
     def record(x):
@@ -175,7 +260,7 @@ def test_ddpm_is_posterior(schedule, clip):
         return noises[-1]
 
     diffusion = GaussianDiffusion(schedule=schedule, target="v")
-    diffusion.sample(toy, images(2, 1, 4, 4), steps=1000, eta=1.0, clip=clip, randn=record, trace=trace)
+    diffusion.sample(toy, images(2, 1, 4, 4), sampler="ddpm", clip=clip, randn=record, trace=trace)
     assert len(trace) == 1000 and len(noises) == 999
     for i, noise in enumerate(noises):
         (t, x, x0), (_, x_next, _) = trace[i], trace[i + 1]
@@ -185,71 +270,104 @@ def test_ddpm_is_posterior(schedule, clip):
         assert error(x_next, mean + variance ** 0.5 * noise) < 5e-5, f"t = {t}"
 
 
+def asked(diffusion, sampler, steps=None):
+    """The times at which a sampler asks the network; of heun, which asks twice at all but the first, once."""
+    times = []
+
+    def net(x, t):
+        assert t.dtype == (torch.int64 if diffusion.discrete else torch.float32) and t.equal(t[:1].repeat(2))
+        times.append(t[0].item())
+        return x
+
+    diffusion.sample(net, images(2, 1, 1, 1), sampler=sampler, steps=steps)
+    assert sampler != "heun" or times[1::2] == times[2::2] and len(times) % 2
+    return times[::2] if sampler == "heun" else times
+
+
 def test_times():
-    """With any number of steps the times run from T - 1 to -1 in even gaps and never repeat."""
-    diffusion, noise = GaussianDiffusion(T=60), images(2, 1, 1, 1)
-    for steps in range(1, 61):
-        times = []
-
-        def net(x, t):
-            assert t.dtype == torch.int64 and t.shape == (2,) and t[0] == t[1]
-            times.append(t[0].item())
-            return x
-
-        diffusion.sample(net, noise, steps=steps)
-        gaps = [t - s for t, s in zip(times, times[1:] + [-1])]
-        assert times[0] == 59 and len(times) == steps
-        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1, (steps, times)
+    """In any number of steps a table's times go from T - 1 to -1 in even gaps, never twice; heun's as t^2."""
+    for steps in range(1, 41):
+        times = asked(GaussianDiffusion(T=40), "ddim", steps)
+        assert len({*times}) == steps and error(times, [39 - 40 / steps * i for i in range(steps)]) < 0.5001
+        squares = [39 * (1 - i / steps) ** 2 for i in range(steps)]
+        assert error(asked(GaussianDiffusion(T=40), "heun", steps), squares) < 0.5001
 
 
-@targets
+@pytest.mark.parametrize("schedule, data", [("edm", 0.5), ("edm", 1), ("flow", 1)])
+@pytest.mark.parametrize("steps", [1, 2, 18])
+def test_continuous_times(schedule, data, steps):
+    """From T on in even gaps that lead to 0; heun's are their squares."""
+    diffusion = GaussianDiffusion(400, schedule, sigma_data=data)
+    left = [1 - i / steps for i in range(steps)]
+    assert error(asked(diffusion, "ddim", steps), [400 * x for x in left]) < 1e-3
+    assert error(asked(diffusion, "heun", steps), [400 * x ** 2 for x in left]) < 1e-3
+
+
+@pytest.mark.pins
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "edm", "flow"])
+def test_defaults(schedule):
+    """ddim takes 50 steps, ddpm T, heun 25; tables learn eps, the others v."""
+    diffusion, table = GaussianDiffusion(60, schedule), schedule in TABLES
+    for sampler, steps in [("ddim", 50), ("heun", 25), *([("ddpm", 60)] if table else [])]:
+        assert diffusion.default_steps(sampler) == len(asked(diffusion, sampler)) == steps
+    assert diffusion.target == ("eps" if table else "v")
+
+
+@paths
+@samplers
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 4.0])
-def test_guidance(target, w):
-    """Guidance is eps_null + w (eps_y - eps_null), from one call of the network a step with both halves.
-
-    w = 1 is the conditional network, never asked for the null class.
-    """
-    diffusion, calls = GaussianDiffusion(target=target), []
-    noise, y = images(3, 1, 4, 4), torch.tensor([0, 1, 2])
+def test_guidance(schedule, target, sampler, w):
+    """eps_null + w (eps_y - eps_null), from one call with both halves; w = 1 never asks for class null."""
+    diffusion, calls = GaussianDiffusion(schedule=schedule, target=target), []
+    noise, y, how = images(3, 1, 4, 4), torch.tensor([0, 1, 2]), dict(steps=9, sampler=sampler, clip=False)
 
     def net(x, t, y):
         calls.append(y.tolist())
-        return toy(x, t, y)
+        return toy(x, t, y).bfloat16()
 
     def formula(x, t):
-        return (1 - w) * toy(x, t, torch.full_like(t, 5)) + w * toy(x, t, y)
+        return (1 - w) * net(x, t, torch.full_like(t, 5)).double() + w * net(x, t, y).double()
 
-    result = diffusion.sample(net, noise, y=y, null=5, steps=10, guidance=w, clip=False)
-    assert error(result, diffusion.sample(formula, noise, steps=10, clip=False)) < 1e-9
-    asked = [0, 1, 2] if w == 1 else [0, 1, 2, 5, 5, 5]
-    assert [sorted(classes) for classes in calls] == 10 * [asked]
+    result = diffusion.sample(net, noise, y=y, null=5, guidance=w, **how)
+    once = [0, 1, 2] if w == 1 else [0, 1, 2, 5, 5, 5]
+    assert [sorted(classes) for classes in calls] == (9 if sampler == "ddim" else 17) * [once]
+    expected = diffusion.sample(formula, noise, **how)
+    assert error(result, expected) < 1e-9 * max(1, expected.abs().max())
 
 
-@targets
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_clip_and_trace(target, eta):
+@sampled
+def test_clip_and_trace(schedule, target, sampler):
     """clip bounds each predicted x0 to [-1, 1]; trace has each step's t, x_t, x0; the last is the result."""
-    diffusion, noise, bounds = GaussianDiffusion(target=target), images(2, 1, 4, 4), {}
+    diffusion, noise, bounds = GaussianDiffusion(1000, schedule, target), images(2, 1, 4, 4), {}
     for clip in (False, True):
         trace, seen = [], []
 
         def net(x, t):
-            seen.append(x)
-            return 3 * toy(x, t)
+            seen.append((t[0], diffusion.path.scale * x))
+            return 3 * toy(x, t).bfloat16()
 
-        result = diffusion.sample(net, noise, steps=9, eta=eta, clip=clip, trace=trace)
-        assert len(trace) == 9 and torch.equal(trace[0][1], noise) and torch.equal(trace[-1][2], result)
-        assert all(torch.equal(x, entry[1]) for x, entry in zip(seen, trace))
+        how = dict(steps=9, sampler=sampler, clip=clip, randn=torch.cos)
+        result = diffusion.sample(net, noise, trace=trace, **how)
+        seen = seen[::2] if sampler == "heun" else seen
+        assert len(trace) == len(seen) == 9
+        assert torch.equal(seen[0][1], diffusion.path.scale * noise) and torch.equal(trace[-1][2], result)
+        assert all(t == entry[0] and torch.equal(x, entry[1]) for (t, x), entry in zip(seen, trace))
+        assert target == "eps" or max(x.abs().max() for _, x, _ in trace) < 5, "it blows up"
         bounds[clip] = max(x0.abs().max().item() for _, _, x0 in trace)
+        precise = diffusion.sample(lambda x, t: net(x, t).double(), noise, **how)
+        assert torch.equal(result, precise), "only the network itself is in half precision"
     assert bounds[False] > 1.05 and bounds[True] == 1
 
 
 @pytest.mark.parametrize("make, call, value", [
     (dict(schedule="sqrt"), {}, "sqrt"), (dict(target="x0"), {}, "x0"),
-    ({}, dict(steps=0), "0"), ({}, dict(steps=1001), "1001"), ({}, dict(guidance=3.5), "3.5"),
-    ({}, dict(guidance=3.5, y=torch.tensor([0])), "3.5"), ({}, dict(guidance=0.5, null=5), "0.5")])
+    (dict(schedule="flow", target="eps"), {}, "eps"), (dict(schedule="edm", target="eps"), {}, "eps"),
+    (dict(schedule="edm"), dict(sampler="ddpm"), "ddpm"), ({}, dict(sampler="euler"), "euler"),
+    (dict(schedule="flow"), dict(sampler="ddpm"), "ddpm"), ({}, dict(steps=0), "0"),
+    ({}, dict(steps=1001), "1001"), ({}, dict(guidance=3.5), "3.5"), ({}, dict(guidance=0.5, null=5), "0.5"),
+    ({}, dict(guidance=3.5, y=torch.tensor([0])), "3.5")])
 def test_refusals(make, call, value):
-    """Unknown names, steps out of range, guidance without y or null: a ValueError that names the value."""
+    """Unknown names and pairs, steps out of range, guidance without y or null: a ValueError names it."""
     with pytest.raises(ValueError, match=rf"\b{re.escape(value)}\b"):
         GaussianDiffusion(**make).sample(toy, images(1, 1, 4, 4), **call)
 

@@ -554,7 +554,7 @@ def test_few_images(tmp_path):
     """Fewer images than a batch holds: each is there as often as the others."""
     spec = folder(tmp_path / "photos", {f"{i}.png": ("red", "blue", "green")[i] for i in range(3)})
     cfg = train.parse_config(f"--data {spec} --batch-size 9 --image-size 8".split())
-    batches = train.Batches(train.load_data(spec, "train", 8), cfg, 1000, CPU)
+    batches = train.Batches(train.load_data(spec, "train", 8), cfg, train.make_diffusion(cfg), CPU)
     x0, *_ = batches(0)
     assert sorted(x0[:, :, 4, 4].argmax(1).tolist()) == [0] * 3 + [1] * 3 + [2] * 3
 

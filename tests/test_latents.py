@@ -248,8 +248,8 @@ def test_load(latents):
 def test_batches(latents):
     """A batch has half of its latents from the flipped images, whole, with their labels; resident or not."""
     data, orders = train.load_data(f"latents:{latents}", "train"), []
-    cfg = dict(batch_size=N, conditional=True)
-    one, two = (train.Batches(data, train.Config(**cfg, resident=on), 1000, CPU) for on in (True, False))
+    both = [train.Config(batch_size=N, conditional=True, resident=on) for on in (True, False)]
+    one, two = (train.Batches(data, cfg, train.make_diffusion(cfg), CPU) for cfg in both)
     whole = train.to_x0(data.both.flatten(0, 1), one.moments)
     for step in range(5):
         x0, _, _, y = batch = one(step)
@@ -306,15 +306,17 @@ def test_damaged(latents, tmp_path, capsys, damage):
 
 # --- train, sample, probe ---
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])
-def test_kinds(photos, tmp_path, kind):
+@pytest.mark.parametrize("kind, schedule", [
+    ("AutoencoderKL", "linear"), ("AutoencoderTiny", "edm"), ("AutoencoderDC", "flow")])
+def test_kinds(photos, tmp_path, kind, schedule):
     """Each kind of VAE encodes; a run keeps what leads back to pixels, and its grid shows decoded images.
 
     So do the samples, of latents that are not clipped; --denoise decodes each step.
     """
     vae, out = make_vae(kind, tmp_path / kind), tmp_path / "run"
-    train.main(flags(photos, vae, out, "--conditional"))
+    train.main(flags(photos, vae, out, f"--conditional --schedule {schedule}"))
     state, net, diffusion = train.load_run(out, CPU)
+    assert diffusion.path.scale == 1, "latents have unit variance"
     meta = json.loads((photos.with_name(f"photos-{SIZE}px-{kind}") / "meta.json").read_text())
     assert {**state["latents"], "stamp": meta["stamp"]} == meta and state["shape"] == [4, SIDE, SIDE]
     assert state["config"].image_size == SIZE and state["config"].vae == str(vae)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import probe
 import train
@@ -64,12 +64,22 @@ def accuracy(W, b, x, y):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two runs of two steps: "classes", a DiT, and "free", a UNet without classes; few shapes from now on."""
+    """Two runs of two steps: "classes", a DiT, and "free", a UNet without classes; few shapes from now on.
+
+    "linear" and "flow" are the first one, said to be of these paths.
+    """
     with pytest.MonkeyPatch.context() as patch:
         few_shapes(patch, TRAIN, TEST)
         runs = dict(classes="dit", free="unet --no-conditional --schedule linear")
-        yield {name: small_run(tmp_path_factory.mktemp("runs") / name, flags, ["ema", "model"])
-               for name, flags in runs.items()}
+        found = {name: small_run(tmp_path_factory.mktemp("runs") / name, flags, ["ema", "model"])
+                 for name, flags in runs.items()}
+        state = torch.load(found["classes"] / "checkpoint.pt")
+        for name in ("linear", "flow"):
+            found[name] = tmp_path_factory.mktemp("paths") / name
+            found[name].mkdir()
+            state["config"]["schedule"] = name
+            torch.save(state, found[name] / "checkpoint.pt")
+        yield found
 
 
 @pytest.fixture
@@ -222,7 +232,7 @@ def test_not_finite():
 
 # --- features ---
 
-@pytest.mark.parametrize("run", ["classes", "free"])
+@pytest.mark.parametrize("run", ["classes", "free", "flow"])
 def test_features(folders, run):
     """Features are those of the EMA network in eval mode, without class, at x_t, averaged over space."""
     _, mine, diffusion = train.load_run(folders[run], CPU)
@@ -239,11 +249,14 @@ def test_features(folders, run):
     net_class = train.MODELS[cfg.model]
     net = net_class(16, 3, K, **net_class.SIZES["tiny"]).eval()
     net.load_state_dict(state["ema"])
-    abar = GaussianDiffusion(schedule=cfg.schedule).abar.double()
-    y = torch.full((6,), K) if run == "classes" else None
+    if run == "flow":
+        a, s = {10: 0.99, 300: 0.7}, {10: 0.01, 300: 0.3}
+    else:
+        _, a, s = GaussianDiffusion(schedule=cfg.schedule).path.tables.double()
+    y = torch.full((6,), K) if run != "free" else None
     expected = {}
     for t, noise in zip([10, 300], noises, strict=True):
-        x_t = abar[t].sqrt() * (part.images / 127.5 - 1) + (1 - abar[t]).sqrt() * noise
+        x_t = a[t] * (part.images / 127.5 - 1) + s[t] * noise
         _, feats = net(x_t.float(), torch.full((6,), t), y, return_features=True)
         expected |= {(name, t): h.mean((2, 3)) for name, h in feats.items()}
     assert list(found) == list(expected), "all layers, in depth order"
@@ -468,12 +481,21 @@ def test_knn(spied):
     assert [call.what for call in spied] == ["features", "scoring"], "so with other noise"
 
 
+def sigmas_of(schedule, levels):
+    """The noise-to-signal ratios at these t, of linear's or flow's path."""
+    if schedule == "flow":
+        return [t / (1000 - t) for t in levels]
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    return [((1 - abar[t]) / abar[t]) ** 0.5 for t in levels]
+
+
 def made(layers=4, levels=(1, 10, 30), run="made", **changes):
     """A result like those of study, with values that rise from layer to layer and level to level."""
     values = [[round(0.3 + 0.05 * i + 0.01 * j, 5) for j in range(len(levels))] for i in range(layers)]
     best = dict(layer=f"block_{layers}", t=levels[-1], accuracy=values[-1][-1], miou=0.2)
     result = dict(run=run, data="shapes", metric="accuracy", layers=[f"block_{n + 1}" for n in range(layers)],
-                  levels=list(levels), held_out=values, best=best, bottleneck=f"block_{layers // 2 or 1}",
+                  levels=list(levels), sigmas=sigmas_of("linear", levels), held_out=values, best=best,
+                  bottleneck=f"block_{layers // 2 or 1}",
                   test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, augment=0, seed=0)
     return result | changes
 
@@ -520,30 +542,33 @@ def test_pixels(side, pooled):
 
 # --- what is written ---
 
-def test_result(folders, run_probe, capsys):
+@pytest.mark.parametrize("run, sigmas", [("linear", ["0.047", "1.240"]), ("flow", ["0.010", "0.429"])])
+def test_result(folders, run_probe, capsys, run, sigmas):
     """probe.json says what was done with what, the same again the second time, but for the seconds.
 
-    The terminal shows the table, the best place and the files.
+    The terminal shows the table, with noise-to-signal ratios, the best place and the files.
     """
-    result = run_probe("classes", "--seed 1 --augment 1")
+    result = run_probe(run, "--seed 1 --augment 1")
     names = [f"block_{n}" for n in range(1, 7)]
-    expected = dict(run="classes", data="shapes", task="classify", layers=names, levels=[10, 300],
+    expected = dict(run=run, data="shapes", task="classify", layers=names, levels=[10, 300],
                     bottleneck="block_3", classes=10, trained_on=16, seed=1, augment=1, device="cpu",
                     metric="accuracy", versions=train.VERSIONS, train_images=TRAIN, test_images=TEST)
     assert {key: result[key] for key in expected} == expected and 0 < result["seconds"] < 60
     values, best = np.array(result["held_out"]), result["best"]
     i, j = names.index(best["layer"]), [10, 300].index(best["t"])
     assert values[i, j] == values.max() and abs(best["accuracy"] - values.max()) < 1e-4
-    head, *rows, said, files = capsys.readouterr().out.splitlines()
-    assert head.split() == ["t", "10", "300"]
+    assert result["sigmas"] == pytest.approx(sigmas_of(run, [10, 300]), abs=1e-5)
+    head, noise, *rows, said, files = capsys.readouterr().out.splitlines()
+    assert head.split() == ["t", "10", "300"] and noise.split() == ["sigma", *sigmas]
+    assert all(line.endswith(" ") and len(line) == len(rows[0]) for line in (head, noise))
     for n, (name, row) in enumerate(zip(names, rows, strict=True)):
         assert row.split()[0] == name and (" z " in row) == (n == 2) and row.count("*") == (n == i)
         numbers = [float(word.rstrip("*")) for word in row.split()[-2:]]
         assert numbers == [round(100 * value, 1) for value in values[n].tolist()]
     assert said == probe.summary(result) and f"test {100 * result['test']['accuracy']:.1f} +- " in said
-    assert str(folders["classes"] / "probe.json") in files
-    assert (folders["classes"] / "probe.png").exists()
-    assert run_probe("classes", "--seed 1 --augment 1") | dict(seconds=0) == result | dict(seconds=0)
+    assert str(folders[run] / "probe.json") in files
+    assert (folders[run] / "probe.png").exists()
+    assert run_probe(run, "--seed 1 --augment 1") | dict(seconds=0) == result | dict(seconds=0)
 
 
 @pytest.mark.parametrize("flags, name", [
@@ -572,16 +597,22 @@ def near(image, colour):
 @pytest.mark.parametrize("result", [
     made(4, (10,), run="uvit-small-cifar10", data="folder:/home/me/pictures/birds-and-bees", metric="miou"),
     made(13, probe.LEVELS, run="unet-tiny-shapes-full-baseline", metric="miou"), made(1, (1,), run="a" * 99)])
-def test_pictures(tmp_path, result):
+def test_pictures(tmp_path, monkeypatch, result):
     """Both are whole, also where names are long: a red frame is around the map's best cell, the darkest.
 
-    In the curves a layer's best score over t counts; a large dot marks z.
+    Above each column are t and the noise-to-signal ratio. In the curves a layer's best score over t counts;
+    a large dot marks z.
     """
+    texts, write = {}, ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, words, *more, **how:
+                        texts.update({xy: words}) or write(self, xy, words, *more, **how))
     image = drawn(probe.draw_map, result, tmp_path / "map.png")
+    above = [texts[240 + 92 * j, y] for y in (118, 146) for j in range(len(result["levels"]))]
+    assert above == [f"t = {t}" for t in result["levels"]] + [f"{sigma:.3f}" for sigma in result["sigmas"]]
     y, x = near(image, (255, 0, 0))
     rows, columns = np.array(result["held_out"]).shape
     assert (np.ptp(x), np.ptp(y)) == (88, 36)
-    assert (x.min(), y.min()) == (196 + 92 * (columns - 1), 142 + 40 * (rows - 1))
+    assert (x.min(), y.min()) == (196 + 92 * (columns - 1), 172 + 40 * (rows - 1))
     blue = image[y.min() + 6, x.min() + 6, 2]
     assert blue < 60 or rows == columns == 1
 
@@ -606,6 +637,7 @@ def test_compare(tmp_path, capsys):
     """--compare draws the curves of all runs as probe-compare.png in the first one's folder, and no more."""
     lower = [[value - 0.1 for value in row] for row in made()["held_out"]]
     results = dict(A=made(run="A"), B=made(run="B", held_out=lower), C=made(7, run="C"))
+    del results["C"]["sigmas"]                      # as in results of before there were four paths
     runs = {name: write(tmp_path / name, result) for name, result in results.items()}
     for names in ("BA", "ABC"):
         probe.main(["--compare", *(runs[name] for name in names)])

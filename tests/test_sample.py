@@ -44,7 +44,10 @@ def root(tmp_path_factory):
     classes, free = load(root / "classes"), load(root / "free")
     latents = dict(vae="none", shape=[3, 16, 16], classes=["a"], mean=[0.0] * 3, std=[1.0] * 3)
     photos = dict(data=f"folder:{root / 'data'}", skip_bad=True)
+    flow, edm = ({**state, "config": {**state["config"], "schedule": schedule, "target": "v"}}
+                 for state, schedule in ((classes, "flow"), (free, "edm")))
     changed = {
+        "flow": flow, "edm": edm,
         "photos": {**classes, "config": {**classes["config"], **photos}},
         "gone": {**free, "config": {**free["config"], "data": "folder:not-here"}},
         "latents": {**free, "latents": latents}, "network": {**free, "ema": classes["ema"]}, "text": "None."}
@@ -94,7 +97,7 @@ def fidelity(monkeypatch):
 
 # --- what is drawn ---
 
-def reference(folder, seeds, steps, ids, eta, guidance):
+def reference(folder, seeds, steps, ids, sampler, guidance):
     """What the EMA weights of the checkpoint draw of those classes, in one batch; class 10 is none."""
     state = load(folder)
     config, build = state["config"], train.MODELS[state["config"]["model"]]
@@ -106,19 +109,26 @@ def reference(folder, seeds, steps, ids, eta, guidance):
     def noise(*like):
         return torch.stack([torch.randn(3, 16, 16, generator=g) for g in generators])
     diffusion = GaussianDiffusion(schedule=config["schedule"], target=config["target"])
-    return levels(diffusion.sample(net, noise(), y, 10, steps, eta, guidance, randn=noise))
+    return levels(diffusion.sample(net, noise(), y, 10, steps, sampler, guidance, randn=noise))
 
 
-@pytest.mark.parametrize("run, flags, ids, eta, guidance", [
-    ("classes", "", [0, 1, 2, 3, 4, 5, 6], 0, train.GUIDANCE),
-    ("classes", "--classes 9 circle 9 --sampler ddpm --guidance 3.5", [9, 0, 9, 9, 0, 9, 9], 1, 3.5),
-    ("free", "", None, 0, 1), ("free", "--sampler ddpm", None, 1, 1)])
-def test_pixels(root, run, flags, ids, eta, guidance):
+FIRST, MIXED = [0, 1, 2, 3, 4, 5, 6], [9, 0, 9, 9, 0, 9, 9]
+
+
+@pytest.mark.parametrize("run, flags, ids, sampler, guidance", [
+    ("classes", "", FIRST, "ddim", train.GUIDANCE),
+    ("classes", "--classes 9 circle 9 --sampler ddpm --guidance 3.5", MIXED, "ddpm", 3.5),
+    ("classes", "--sampler heun", FIRST, "heun", train.GUIDANCE),
+    ("free", "", None, "ddim", 1), ("free", "--sampler ddpm", None, "ddpm", 1),
+    ("flow", "", FIRST, "ddim", train.GUIDANCE),
+    ("flow", "--classes 9 circle 9 --sampler heun --guidance 3.5", MIXED, "heun", 3.5),
+    ("edm", "", None, "ddim", 1), ("edm", "--sampler heun", None, "heun", 1)])
+def test_pixels(root, run, flags, ids, sampler, guidance):
     """--npz is arr_0 alone, (N, H, W, C) uint8: what the EMA weights draw, rounded, for any --batch-size.
 
     Image i is of the noise of generator seed + i alone, and of class i mod K.
     """
-    expected = reference(root / run, range(11, 18), 4, ids, eta, guidance)
+    expected = reference(root / run, range(11, 18), 4, ids, sampler, guidance)
     for size, tolerance in ((250, 0.501), (3, 2.501), (1, 2.501)):
         pixels = draw(root / run, f"-n 7 --seed 11 --steps 4 --batch-size {size} {flags}")
         assert pixels.dtype == np.uint8 and pixels.shape == (7, 16, 16, 3)
@@ -188,20 +198,23 @@ def test_compile(root, monkeypatch):
 
 @pytest.mark.pins
 def test_defaults():
-    """Without flags: 64 images of seed 0, 250 at a time, by DDIM in 50 steps, with guidance 2."""
+    """Without flags: 64 images of seed 0, 250 at a time, by DDIM, with guidance 2."""
     given = {name: value for name, value in vars(sample.parse(["run"])).items() if value}
-    assert given == dict(run="run", count=64, steps=50, sampler="ddim", batch_size=250)
+    assert given == dict(run="run", count=64, sampler="ddim", batch_size=250)
     assert train.GUIDANCE == 2.0
 
 
 @pytest.mark.parametrize("run, flags, expected", [
-    ("free", "--steps 1", dict(steps=1, eta=0, guidance=1)),
-    ("free", "--steps 1000", dict(steps=1000, eta=0)),
-    ("free", "--sampler ddpm --guidance 1", dict(steps=1000, eta=1, guidance=1)),
-    ("free", "--sampler ddpm --steps 20", dict(steps=20, eta=1)),
-    ("classes", "", dict(guidance=train.GUIDANCE)), ("classes", "--guidance 0", dict(guidance=0))])
+    ("free", "", dict(steps=50, guidance=1)), ("free", "--steps 1", dict(steps=1)),
+    ("free", "--steps 1000", dict(steps=1000)),
+    ("free", "--sampler ddpm --guidance 1", dict(steps=1000, guidance=1)),
+    ("free", "--sampler ddpm --steps 20", dict(steps=20)), ("free", "--sampler heun", dict(steps=25)),
+    ("classes", "", dict(steps=50, guidance=train.GUIDANCE)), ("classes", "--guidance 0", dict(guidance=0)),
+    ("flow", "", dict(steps=50, guidance=train.GUIDANCE)), ("flow", "--sampler heun", dict(steps=25)),
+    ("edm", "", dict(steps=50)), ("edm", "--sampler heun", dict(steps=25)),
+    ("edm", "--sampler heun --steps 1000", dict(steps=1000))])
 def test_settings(root, run, flags, expected):
-    """--steps may be 1 to T, ddpm takes all T without it; guidance is on where there are classes."""
+    """--steps may be 1 to T, without it sampler and path say how many; guidance is on with classes."""
     args = vars(opened(root / run, flags)[0])
     assert {name: args[name] for name in expected} == expected
 
@@ -266,7 +279,9 @@ def test_grid(tmp_path, n, ids, columns, rows):
 
 @pytest.mark.parametrize("run, flags, times", [
     ("classes", "--steps 12", [999, 916, 832, 666, 582, 499, 416, 249, 166, 82]),
-    ("free", "--steps 3 --seed 2", [999, 666, 332]), ("free", "--steps 1", [999])])
+    ("free", "--steps 3 --seed 2", [999, 666, 332]), ("free", "--steps 1", [999]),
+    ("flow", "--steps 12", [1000, 917, 833, 667, 583, 500, 417, 250, 167, 83]),
+    ("edm", "--sampler heun --steps 3", [1000, 444, 111])])
 def test_denoise(root, monkeypatch, run, flags, times):
     """--denoise: four images, rows x_t and x0, ten columns at most; of several processes one writes it."""
     texts, decoded, write, file = [], [], ImageDraw.ImageDraw.text, root / run / "denoise.png"
@@ -282,7 +297,7 @@ def test_denoise(root, monkeypatch, run, flags, times):
     tiles = canvas[24:, 40:].reshape(4, 2, 68, len(times), 68, 3)[:, :, 2:64:4, :, 2:64:4]
     trace = []
     sample.draw(*opened(root / run, flags), range(4), trace)
-    for column, (t, *step) in enumerate(step for step in trace if step[0] in times):
+    for column, (t, *step) in enumerate(step for step in trace if round(step[0]) in times):
         for row, x in enumerate(step):
             assert error(tiles[:, row, :, column], levels(x)) < 0.501, f"t = {t}"
     file.unlink()
@@ -344,7 +359,9 @@ def test_fid_fails(fidelity, broken, words):
     ("free", "--steps 1001", "--steps 1001 1000"), ("free", "--steps -3 --denoise", "--steps -3"),
     ("free", "--steps ten", "--steps ten"), ("free", "-n 0", "--count 0"),
     ("free", "--count -5", "--count -5"),
-    ("free", "--batch-size 0", "--batch-size 0"), ("free", "--sampler euler", "euler ddim"),
+    ("free", "--batch-size 0", "--batch-size 0"), ("free", "--sampler euler", "euler ddim ddpm heun"),
+    ("flow", "--sampler ddpm", "ddpm linear cosine ddim heun"), ("flow", "--steps 1001", "--steps 1001 1000"),
+    ("edm", "--sampler ddpm --steps 20 --denoise", "ddpm linear cosine ddim heun"),
     ("free", "--device toaster", "toaster cpu"), ("free", "--nn 5", "--nn"),
     ("free", "--fid --fid-weights nowhere.pth", "--fid-weights nowhere.pth"), ("gone", "--fid", "not-here"),
     ("latents", "--fid", "--fid latents --npz"),

@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -79,6 +80,7 @@ def test_flags():
         assert cfg[f.name] == value and type(cfg[f.name]) is f.type
         follow = {"out", "images", "image_size"} - {f.name}                  # where these follow from others
         follow |= RECIPE.keys() | {"decay"} if f.name == "size" else set()
+        follow |= {"target"} if f.name == "schedule" else set()
         assert changed - follow == {f.name}, f.name
 
 
@@ -101,6 +103,10 @@ RECIPE = {**train.TINY, "conditional": True, "target": "v", "schedule": "cosine"
     ("--size tiny --data cifar10 --decay 5", {**RECIPE, "decay": 5, "images": train.TINY_IMAGES["dit"]}),
     ("--size tiny --data folder:/some/where/photos", {**RECIPE, "conditional": False}),
     ("--size small --data shapes", dict(lr=2e-4, target="eps", out="runs/dit-small-shapes", decay=None)),
+    *[(f"--schedule {name} {more}", dict(schedule=name, target=target)) for name, more, target in (
+        ("cosine", "", "eps"), ("linear", "--target v", "v"), ("edm", "", "v"), ("flow", "", "v"),
+        ("flow", "--target v", "v"))],
+    ("--size tiny --data shapes --schedule flow", {**RECIPE, "schedule": "flow"}),
     ("--data folder:/some/where/photos", dict(out="runs/dit-small-photos", image_size=32)),
     ("--data folder:/some/where/photos --vae name", dict(out="runs/dit-small-photos", image_size=256)),
     ("--data latents:/some/where/photos", dict(out="runs/dit-small-photos", image_size=None)),
@@ -109,6 +115,17 @@ def test_defaults(flags, expected):
     """Defaults are filled in; tiny has a recipe of its own; flags given by hand win."""
     cfg = asdict(train.parse_config(flags.split()))
     assert {name: cfg[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("flags, scale", [
+    ("--data shapes", 0.5), ("--data folder:/some/where/latents:", 0.5),
+    ("--data latents:/some/where/photos", 1), ("--data folder:/some/where/photos --vae name", 1)])
+def test_sigma_data(flags, scale):
+    """edm takes the standard deviation of images for 0.5, that of latents for 1, when it is loaded, too."""
+    cfg = train.parse_config(f"{flags} --size tiny --schedule edm".split())
+    _, loaded = train.build(cfg, (3, 16, 16), 10, CPU)
+    assert train.make_diffusion(cfg).path.scale == loaded.path.scale == scale
+    assert loaded.path.sigma(torch.tensor([500.0])).item() == pytest.approx(scale)
 
 
 # --- data ---
@@ -314,18 +331,35 @@ def noise_data():
 
 
 def batches(data, flags="", T=1000):
-    return train.Batches(data, config(flags), T, CPU)
+    cfg = config(flags)
+    return train.Batches(data, cfg, train.GaussianDiffusion(T, cfg.schedule, cfg.target), CPU)
 
 
-def test_batch_is_a_function_of_seed_and_step(noise_data):
-    """A batch, fetched ahead or not, is a function of (seed, step); all of it changes with both."""
-    make, process = batches(noise_data), train.GaussianDiffusion()
+# schedule -> the t at which sigma is 0.341, and t of 0..1000 as a number that is evenly drawn from 0..1
+TIMES = {
+    "linear": (100, lambda t: t / 1000),
+    "cosine": (math.ceil(1008 * math.atan(0.341) / (math.pi / 2) - 9), lambda t: t / 1000),
+    "edm": (1000 * math.atan(0.341 / 0.5) / (math.pi / 2),
+            lambda t: torch.special.ndtr(((0.5 * (t * math.pi / 2000).tan()).log() + 1.2) / 1.2)),
+    "flow": (1000 * 0.341 / 1.341, lambda t: torch.special.ndtr((t / 1000).logit())),
+}
+each_path = pytest.mark.parametrize("schedule", TIMES)
+
+
+@each_path
+def test_batch_is_a_function_of_seed_and_step(noise_data, schedule):
+    """A batch, fetched ahead or not, is a function of (seed, step); all of it changes with both.
+
+    The teacher's times are drawn from those with less noise than TEACHER_SIGMA.
+    """
+    path = f"--schedule {schedule}"
+    make = batches(noise_data, path)
     first = {step: make(step) for step in range(6)}
-    views = [make.noisy_view(first[0][0], step, process) for step in (0, 1, 0)]
+    views = [make.noisy_view(first[0][0], step) for step in (0, 1, 0)]
     assert all(map(torch.equal, views[0], views[2])) and not any(map(torch.equal, views[0], views[1]))
-    t = views[0][1]
-    assert 0 <= t.min() and t.max() < train.TEACHER_T and len(t.unique()) > 8
-    for flags in ("", "--no-resident", "--no-conditional"):
+    t = torch.cat([make.noisy_view(first[0][0], step)[1] for step in range(40)]) / TIMES[schedule][0]
+    assert 0 <= t.min() < 0.02 and 0.98 < t.max() <= 1 and abs(t.mean() - 0.5) < 0.03
+    for flags in (path, f"{path} --no-resident", f"{path} --no-conditional"):
         again = batches(noise_data, flags)
         for step in (4, 0, 5, 5, 2, 1, 3):
             found = again(step)
@@ -333,12 +367,13 @@ def test_batch_is_a_function_of_seed_and_step(noise_data):
             assert found[3] is None if "cond" in flags else torch.equal(found[3], first[step][3])
     assert not any(map(torch.equal, first[0], first[1]))
     for seed in (1, 2, 1000, 2**32, 2**70):
-        assert not any(map(torch.equal, batches(noise_data, f"--seed {seed}")(3), first[3])), seed
+        assert not any(map(torch.equal, batches(noise_data, f"{path} --seed {seed}")(3), first[3])), seed
 
 
-def test_batch_contents(noise_data):
+@each_path
+def test_batch_contents(noise_data, schedule):
     """x0 are images in [-1, 1], half of them flipped, a tenth of the labels dropped; t and noise are fair."""
-    make, n = batches(noise_data, "--batch-size 20", T=10), 200
+    make, n = batches(noise_data, f"--batch-size 20 --schedule {schedule}"), 200
     x0, t, noise, y = (torch.cat(parts) for parts in zip(*(make(step) for step in range(n))))
     images = noise_data.images / 127.5 - 1
     both = torch.cat([images, images.flip(3)]).flatten(1)
@@ -351,13 +386,15 @@ def test_batch_contents(noise_data):
     assert all(len(set(i.tolist())) == 20 for i in picked.split(20))         # none twice in a batch
     assert torch.equal(y[~drop], noise_data.labels[picked][~drop])
     assert abs(drop.float().mean() - 0.1) < 0.02
-    counts = t.bincount(minlength=10)
-    assert t.dtype == torch.int64 and len(counts) == 10 and counts.min() > 320        # each about 400 times
+    table, share = schedule in ("linear", "cosine"), TIMES[schedule][1](t)
+    assert t.dtype == (torch.int64 if table else torch.float32)
+    counts = (10 * share).long().bincount(minlength=10)
+    assert len(counts) == 10 and counts.min() > 320                          # each about 400 times
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert len(noise[:, 0, 0, :4].unique(dim=0)) == len(noise)               # none twice
     by_column = torch.stack([v.float().view(n, 20).mean(0) for v in (flipped, drop)])
     assert (by_column - torch.tensor([[0.5], [0.1]])).abs().max() < 0.15     # not the same images every time
-    pairs = torch.stack([flipped.float(), drop.float(), t.float(), noise[:, 0, 0, 0]])
+    pairs = torch.stack([flipped.float(), drop.float(), share, noise[:, 0, 0, 0]])
     assert (pairs.corrcoef() - torch.eye(4)).abs().max() < 0.08              # and independent of each other
 
 
@@ -409,10 +446,15 @@ def test_micro_batch(monkeypatch, flags):
     assert max(error(a[name], b[name]) for name in a) < 1e-5
 
 
-@pytest.mark.parametrize("model, n", [("unet", 20), ("dit", 30), ("uvit", 40)])
-def test_learns(model, n):
-    """Each network soon knows a batch by heart: 0.2 of its loss is left, 0.5 where it does not see x."""
-    found = ready(f"--model {model} --lr 4e-3 --warmup 160")
+@pytest.mark.parametrize("flags, n", [
+    ("unet", 20), ("dit", 30), ("uvit", 40), *[(f"unet --schedule {path}", 20)
+                                             for path in ("linear --target eps", "edm", "flow")]])
+def test_learns(flags, n):
+    """Each network soon knows a batch by heart: 0.2 of its loss is left, 0.5 where it does not see x.
+
+    So on each path.
+    """
+    found = ready(f"--model {flags} --lr 4e-3 --warmup 160")
     batch = found.batches(0)
     found.batches = lambda step: batch
     means = []
@@ -459,16 +501,26 @@ def test_augment():
     assert -1 <= left.min() < -0.9 and 0.3 < left.max() < 0.45 and error(left, -right.flip(2)) < 1e-5
 
 
-@pytest.mark.parametrize("flags, images, weight", [
-    ("", 0, 0), *[("--distill 0.5 --distill-images 48", *x) for x in ((0, 0.5), (24, 0.25))]])
+def share_of(schedule, t):
+    """The image's share of the variance at t (B,), if its own is 1."""
+    if schedule == "cosine":
+        return diffusion.cosine_schedule(1000)[t].float()
+    return 1 / (1 + (0.5 * (t * math.pi / 2000).tan() if schedule == "edm" else t / (1000 - t)) ** 2)
+
+
+@pytest.mark.parametrize("schedule, flags, images, weight", [
+    ("cosine", "", 0, 0), ("edm", "", 0, 0), ("flow", "", 0, 0),
+    *[("cosine", "--distill 0.5 --distill-images 48", *x) for x in ((0, 0.5), (24, 0.25))],
+    ("edm", "--distill 0.5", 24, 0.5), ("flow", "--distill 0.5", 24, 0.5)])
 @each_model
-def test_one_step(model, flags, images, weight):
+def test_one_step(model, schedule, flags, images, weight):
     """A step by hand: the mean loss, its gradient, clipped, into AdamW; with distillation both losses.
 
     The teacher is the EMA and sees another view; the less noise, the more an image counts.
     """
-    flags = f"--model {model} {flags}"
-    cfg, found, plain = config(flags), ready(flags), ready(f"--model {model}")
+    path = f"--model {model} --schedule {schedule}"
+    flags = f"{path} {flags}"
+    cfg, found, plain = config(flags), ready(flags), ready(path)
     torch.manual_seed(train.mix(0))
     net, process = train.build(cfg, (3, 8, 8), 10, CPU)
     teacher = copy.deepcopy(net)
@@ -477,14 +529,14 @@ def test_one_step(model, flags, images, weight):
         q.copy_(p)
     found.images = images
     train.train_step(found, 0)
-    make = train.Batches(train.load_data("shapes", "train", 8), cfg, 1000, CPU)
+    make = train.Batches(train.load_data("shapes", "train", 8), cfg, process, CPU)
     x0, t, noise, y = make(0)
     x_t, apart = process.add_noise(x0, t, noise), torch.zeros(())
     loss = (net(x_t, t, y) - process.to_target(x0, t, noise)).square().mean()
     if weight:
-        z, keys = net.encode(x_t, t, y), teacher.encode(*make.noisy_view(x0, 0, process))
+        z, keys = net.encode(x_t, t, y), teacher.encode(*make.noisy_view(x0, 0))
         apart = diffusion.contrast(net.projector(z), teacher.projector(keys).detach(), torch.arange(16))
-        apart = (process.abar[t] * apart).mean()
+        apart = (share_of(schedule, t) * apart).mean()
     (loss + weight * apart).backward()
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in net.parameters()]
     norm = torch.cat([g.flatten() for g in grads]).norm()
@@ -511,17 +563,25 @@ def test_distill_fades(tmp_path, monkeypatch):
 
 # --- what a run leaves behind ---
 
-def test_run_folder(tmp_path, capsys):
-    """config.json, checkpoint.pt, log.jsonl, samples-<images>.png; the last line says where they lie."""
-    out = tmp_path / "some/run"
+@pytest.mark.parametrize("flags", ["", *[f"--schedule {path} --distill 0.5" for path in (
+    "linear --target eps", "edm", "flow")]])
+def test_run_folder(tmp_path, capsys, flags):
+    """config.json, checkpoint.pt, log.jsonl, samples-<images>.png; the last line says where they lie.
+
+    So on each path, and load_run knows it.
+    """
+    out, flags = tmp_path / "some/run", f"--images 340 {flags}"
     out.mkdir(parents=True)                                              # an empty folder is not in the way
-    state = run(out, "--images 340")
+    state = run(out, flags)
     assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "log.jsonl", "samples-352.png"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert all(str(out / name) in last for name in ("checkpoint.pt", "log.jsonl", "samples-352.png"))
 
     cfg = json.loads((out / "config.json").read_text())
-    assert cfg == asdict(train.parse_config(argv(out, "--images 340"))) == state["config"]
+    assert cfg == asdict(train.parse_config(argv(out, flags))) == state["config"]
+    target, path = cfg["target"], train.load_run(out, CPU)[2].path
+    assert target == ("eps" if "eps" in flags else "v") and path.sigma(torch.tensor([500])).item() == (
+        pytest.approx({"linear": 3.44, "cosine": 1.01, "edm": 0.5, "flow": 1}[cfg["schedule"]], abs=0.01))
     assert state["step"] == 22 and state["images"] == 352 and state["classes"] == list(train.SHAPES)
     assert state["shape"] == [3, 8, 8] and state["num_classes"] == 10
 
@@ -531,7 +591,8 @@ def test_run_folder(tmp_path, capsys):
     assert re.fullmatch("([0-9a-f]{40})?", head["commit"])
     assert [r["images"] for r in rest] == [320, 352]
     for record in rest:
-        assert set(record) == {"images", "loss", "lr", "images_per_second", "seconds"}
+        more = {"distill"} if cfg["distill"] else set()
+        assert set(record) == {"images", "loss", "lr", "images_per_second", "seconds"} | more
         assert 0 < record["loss"] < 2 and record["images_per_second"] > 0 <= record["seconds"]
 
     with Image.open(out / "samples-352.png") as image:                   # tiles of 64 px, 4 px between them
@@ -583,7 +644,8 @@ def test_stop_requested(flags, seconds, images, asked, expected):
 
 # --- stop and go on ---
 
-@pytest.mark.parametrize("flags", ["--model unet", "--precision fp16", "--distill 0.5 --distill-images 80"])
+@pytest.mark.parametrize("flags", ["--model unet", "--precision fp16", "--distill 0.5 --distill-images 80",
+                                   "--schedule flow --distill 0.5"])
 def test_resume(tmp_path, monkeypatch, flags):
     """Stopped between two log points and resumed, a run equals an uninterrupted one, bit for bit.
 
@@ -627,8 +689,8 @@ def test_resume_elsewhere(tmp_path, old_run):
 
 # --- several processes ---
 
-@pytest.mark.parametrize("flags", ["--model dit --conditional", "--model uvit",
-                                   "--model dit --distill 0.5 --distill-images 80"])
+@pytest.mark.parametrize("flags", ["--model dit --conditional", "--model uvit --schedule edm",
+                                   "--model dit --schedule flow --distill 0.5 --distill-images 80"])
 def test_two_processes(tmp_path, photos, flags):
     """Two processes equal one: weights, averages, gradients, losses within 1e-5; so in parts of a batch."""
     flags = f"{flags} {MOVES} --images 160 --data folder:{photos}"
@@ -725,7 +787,7 @@ def test_processes_and_batch(tmp_path):
 # of a resumed run, and what it was begun with
 OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-size 12": "image_size 8",
           "--data shapes:full": "shapes", "--no-self-cond": "self_cond True", "--target eps": "target v",
-          "--schedule linear": "schedule cosine", "--no-conditional": "conditional True",
+          "--schedule flow": "schedule cosine", "--no-conditional": "conditional True",
           "--seed 1": "seed 0", "--batch-size 32": "batch_size 16", "--distill 1": "distill None",
           "--decay 7": f"decay {train.TINY_IMAGES['dit']}",
           **{f"--{name} 7": f"{name} {train.TINY[name]}" for name in ("lr", "ema", "warmup")}}
@@ -741,7 +803,8 @@ OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-siz
     ("--size huge", "--size huge dit tiny small base large xlarge"),
     ("--model unet --size small", "--size small unet tiny base"),
     ("--target x0", "--target x0 eps v"),
-    ("--schedule sigmoid", "--schedule sigmoid linear cosine"),
+    ("--schedule sigmoid", "--schedule sigmoid linear cosine edm flow"),
+    ("--schedule flow --target eps", "flow eps v"), ("--target eps --schedule edm", "edm eps v"),
     ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
     ("--images 1.5", "--images 1.5"),
     ("--distill-images 9", "--distill-images --distill 0.02"),
