@@ -56,7 +56,7 @@ class Path:
     def grid(self, steps, sampler):
         """The times at which a sampler asks the network, from noise on; heun's are closest at the image."""
         left = torch.linspace(1, 0, steps + 1)[:-1]
-        return self.T * (left ** 2 if sampler == "heun" else left)
+        return self.T * (left ** 1.5 if sampler == "heun" else left)
 
 
 class Table(Path):

@@ -281,7 +281,7 @@ def test_grid(tmp_path, n, ids, columns, rows):
     ("classes", "--steps 12", [999, 916, 832, 666, 582, 499, 416, 249, 166, 82]),
     ("free", "--steps 3 --seed 2", [999, 666, 332]), ("free", "--steps 1", [999]),
     ("flow", "--steps 12", [1000, 917, 833, 667, 583, 500, 417, 250, 167, 83]),
-    ("edm", "--sampler heun --steps 3", [1000, 444, 111])])
+    ("edm", "--sampler heun --steps 3", [1000, 544, 192])])
 def test_denoise(root, monkeypatch, run, flags, times):
     """--denoise: four images, rows x_t and x0, ten columns at most; of several processes one writes it."""
     texts, decoded, write, file = [], [], ImageDraw.ImageDraw.text, root / run / "denoise.png"
