@@ -4,9 +4,9 @@ Below a line, contrastive self-distillation.
 
 Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
-  time      t in 0..T: 0 is the image, T is noise; a network gets t itself
+  time      t from the image to noise: 0..T, of linear and cosine 0..T-1; a network gets t itself
   noising   x_t = a x0 / scale + s eps, a and s being functions of t
-  velocity  v = da x0 / scale + ds eps, the derivative of x_t
+  velocity  v = da x0 / scale + ds eps, the derivative of x_t by the angle arctan(s / a); of flow by t / T
   target    what the network predicts: eps or v
   sigma     scale s / a: the noise-to-signal ratio, by which levels of two paths can be compared
   guidance  eps_null + w (eps_y - eps_null); w = 1 is off   arXiv 2207.12598, eq. 6, with w there = w - 1 here
@@ -25,14 +25,15 @@ TARGETS = ["eps", "v"]
 SAMPLERS = ["ddim", "ddpm", "heun"]
 
 
-# --- paths: a, s and their derivatives da, ds by the angle arctan(s / a), on flow's path by t / T ---
+# --- paths: a, s and their derivatives da, ds by the angle arctan(s / a), of flow by t / T ---
 #
 # On all of them a ds - s da = 1, so that x0 / scale = ds x_t - s v and eps = a v - da x_t.
 
 class Path:
-    """What paths of continuous time have in common: t is a float32 in 0..T.
+    """What paths have in common; where they don't say otherwise, t is continuous, a float32 in 0..T.
 
-    Each path says coefficients(t) = (a, s, da, ds), t_of(sigma), and how training draws t.
+    Each path says coefficients(t) = (a, s, da, ds), how training draws t and, where t is continuous,
+    t_of(sigma).
     """
 
     scale = 1.0
@@ -112,7 +113,8 @@ def cosine_schedule(T, s=0.008):
 class EDM(Path):
     """EDM (arXiv 2206.00364): t = T arctan(sigma / sigma_data) / (pi / 2); each x_t has unit variance.
 
-    The mean squared error of v is EDM's loss with its preconditioning and weight (table 1); v is -F there.
+    The mean squared error of v is EDM's loss with its preconditioning and weight (table 1), v being -F. Other
+    than there, the network gets t, not ln(sigma) / 4, and heun has times of its own.
     """
 
     def __init__(self, T, sigma_data):
@@ -128,8 +130,8 @@ class EDM(Path):
         return math.atan(sigma / self.scale) * (self.T / (math.pi / 2))
 
     def draw(self, n, **on):
-        log_sigma = -1.2 - math.log(0.5) + 1.2 * torch.randn(n, **on)        # of sigma / sigma_data
-        return log_sigma.exp().atan() * (self.T / (math.pi / 2))
+        log_ratio = -1.2 - math.log(0.5) + 1.2 * torch.randn(n, **on)        # EDM's sigma, its data being 0.5
+        return log_ratio.exp().atan() * (self.T / (math.pi / 2))
 
 
 class Flow(Path):
@@ -201,7 +203,7 @@ class GaussianDiffusion:
         return self.path.scale * (ds * x_t - s * out), a * out - da * x_t
 
     def error(self, out, x0, t, eps):
-        """Mean squared error of the network's answer out, over pixels, per image (B,) (DDPM, eq. 14).
+        """Mean squared error of the network's answer out, over pixels, per image (B,) (of eps: DDPM, eq. 14).
 
         A weight for each t would stand here: it is what loss and train.py call.
         """
@@ -246,7 +248,7 @@ class GaussianDiffusion:
                randn=torch.randn_like, trace=None):
         """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1).
 
-        They come along dx_t = x0 da / scale + eps ds, x0 and eps being what the network takes for them.
+        A step adds (change of a) x0 / scale + (change of s) eps, which the network has predicted.
 
         y         classes (B,) or None
         null      the class id that means "no class"; needed for guidance
@@ -276,7 +278,9 @@ class GaussianDiffusion:
             x0, eps = self.denoise(net, x, times[i].repeat(len(x)), **asked)
             if trace is not None:
                 trace.append((times[i].item(), scale * x, x0))
-            var = (s[i + 1] / s[i]) ** 2 * (1 - (a[i] / a[i + 1]) ** 2) if sampler == "ddpm" else 0
+            var = 0.0                                           # of fresh noise
+            if sampler == "ddpm":
+                var = (s[i + 1] / s[i]) ** 2 * (1 - (a[i] / a[i + 1]) ** 2)
             ahead = a[i + 1] * x0 / scale + max(s[i + 1] ** 2 - var, 0) ** 0.5 * eps
             if var > 0:
                 ahead = ahead + var ** 0.5 * randn(x)
@@ -306,8 +310,8 @@ class Student(nn.Module):
         self.net = net
 
     def forward(self, x, t, y=None):
-        eps, z = self.net(x, t, y, return_z=True)
-        return eps, self.net.projector(z)
+        out, z = self.net(x, t, y, return_z=True)
+        return out, self.net.projector(z)
 
 
 def make_projector(net):
