@@ -171,6 +171,11 @@ MAY_CHANGE = ["out", "images", "minutes", "micro_batch", "save_every", "sample_e
               "precision", "compile", "skip_bad", "resident"]
 
 
+def on_latents(cfg):
+    """Does this run train on latents, given or made?"""
+    return bool(cfg.vae) or cfg.data.startswith("latents:")
+
+
 def default_image_size(cfg):
     if cfg.data.startswith("latents:"):
         return None                                 # theirs
@@ -1138,9 +1143,9 @@ def save_grid(images, file, columns):
 
 def make_diffusion(cfg):
     """Raises UserError where --target does not fit --schedule."""
-    latents = cfg.vae or cfg.data.startswith("latents:")         # of unit variance
+    sigma_data = 1.0 if on_latents(cfg) else 0.5                 # latents are of unit variance
     try:
-        return GaussianDiffusion(schedule=cfg.schedule, target=cfg.target, sigma_data=1.0 if latents else 0.5)
+        return GaussianDiffusion(schedule=cfg.schedule, target=cfg.target, sigma_data=sigma_data)
     except ValueError as e:
         raise UserError(str(e))
 
@@ -1365,7 +1370,12 @@ class Run:
 
     @property
     def num_classes(self):
-        return len(self.data.classes) if self.cfg.conditional else 0
+        return self.net.num_classes
+
+    @property
+    def parameters(self):
+        """How many numbers the network learns."""
+        return sum(p.numel() for p in self.net.parameters())
 
 
 def prepare(cfg, data, device, rank=0, world=1, state=None):
@@ -1563,8 +1573,8 @@ def start_log(run, out, resumed):
     with suppress(OSError):                         # git is not there
         commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
-    head = dict(config=config, parameters=sum(p.numel() for p in run.net.parameters()),
-                device=f"{run.world} x {run.device} {chip(run.device)}", versions=VERSIONS, commit=commit)
+    device = f"{run.world} x {run.device} {chip(run.device)}"
+    head = dict(config=config, parameters=run.parameters, device=device, versions=VERSIONS, commit=commit)
     lines = [json.dumps(head)]
     log = out / "log.jsonl"
     if log.exists() and not resumed:
@@ -1682,7 +1692,7 @@ def train(cfg):
     if cfg.resume:
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
     check_start(cfg, out, world, state)
-    if not cfg.vae and not cfg.data.startswith("latents:"):
+    if not on_latents(cfg):
         check_shape(cfg, (3, cfg.image_size, cfg.image_size))
     data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad, cfg.vae, device,
                      check=functools.partial(check_shape, cfg))
@@ -1690,11 +1700,11 @@ def train(cfg):
     run = prepare(cfg, data, device, rank, world, state)
     vae = vae_of(data.meta, device) if rank == 0 else None
     start_log(run, out, resumed=state is not None)
-    count = sum(p.numel() for p in run.net.parameters())
     if cfg.size == "tiny":
         flags = {name: getattr(cfg, name) for name in [*TINY, "conditional", "decay"]}
         say(f"tiny networks have flags of their own: {flags}")
-    say(f"{cfg.model} {cfg.size}: {count:,} parameters, {len(data.images):,} images, {world} x {device}")
+    say(f"{cfg.model} {cfg.size}: {run.parameters:,} parameters, {len(data.images):,} images, "
+        f"{world} x {device}")
 
     begun = time.time()
     run.meter.time = begun
