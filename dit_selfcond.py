@@ -147,6 +147,16 @@ class DiT(nn.Module):
         "large": dict(dim=1024, depth=24, heads=16, patch=2),
         "xlarge": dict(dim=1152, depth=28, heads=16, patch=2),
     }
+    PUBLIC = [      # names in models.py of github.com/facebookresearch/DiT, and here
+        ("x_embedder.proj.", "patch_embed."),
+        ("pos_embed", "positions"),
+        ("t_embedder.mlp.", "time_mlp."),
+        ("y_embedder.embedding_table.", "label_embed."),
+        (".attn.proj.", ".attention.out."),
+        (".attn.", ".attention."),
+        ("adaLN_modulation.1.", "modulation."),
+        ("final_layer.", "final."),
+    ]
 
     def __init__(self, image_size=32, channels=3, num_classes=0, self_cond=True,
                  dim=384, depth=12, heads=6, patch=2):
@@ -249,3 +259,18 @@ class DiT(nn.Module):
         """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
         *_, feats = self.encoder(x, t, y)
         return self.aggregate(feats)
+
+    @staticmethod
+    def from_public(state):
+        """State dict of the original -> that of a DiT with self_cond=False, and its positions (N, D).
+
+        The original's last layer says 2C numbers a pixel: eps, which is kept, then the variance.
+        """
+        for theirs, ours in DiT.PUBLIC:
+            state = {name.replace(theirs, ours): w for name, w in state.items()}
+        _, C, p, _ = state["patch_embed.weight"].shape
+        for name in ("final.linear.weight", "final.linear.bias"):
+            pixels = state[name].unflatten(0, (p ** 2, -1))                  # (p p 2C, ...) -> (p p, 2C, ...)
+            state[name] = pixels[:, :C].flatten(0, 1)                        # (p p C, ...)
+        state["positions"] = state["positions"][0]                           # (1, N, D) -> (N, D)
+        return state

@@ -130,6 +130,23 @@ class UNet(nn.Module):
         "tiny": dict(dim=32, mults=(1, 2, 2), attention=(2,), blocks=1, dropout=0.0),
         "base": dict(dim=128, mults=(1, 2, 2, 2), attention=(1,), blocks=2, dropout=0.1),
     }
+    PUBLIC = [      # names in model/unet.py and block.py of github.com/FutureXiang/ddae, and here
+        ("nn_model.image_proj.", "conv_in."),
+        ("nn_model.time_emb.lin1.", "time_mlp.0."),
+        ("nn_model.time_emb.lin2.", "time_mlp.2."),
+        ("nn_model.middle.res1.", "mid.0."),
+        ("nn_model.middle.attn.", "mid.0.attention."),
+        ("nn_model.middle.res2.", "mid.1."),
+        ("nn_model.norm.", "end.0."),
+        ("nn_model.final.", "end.2."),
+        ("nn_model.", ""),
+        (".res.", "."),
+        (".conv2.1.", ".conv2."),
+        (".time_emb.1.", ".embed."),
+        (".attn.", ".attention."),
+        (".projection.", ".qkv."),
+        (".output.", ".out."),
+    ]
 
     def __init__(self, image_size=32, channels=3, num_classes=0, self_cond=True,
                  dim=128, mults=(1, 2, 2, 2), attention=(1,), blocks=2, dropout=0.1):
@@ -256,3 +273,34 @@ class UNet(nn.Module):
         """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
         *_, feats = self.encoder(x, t, y)
         return self.aggregate(feats)
+
+    @staticmethod
+    def from_public(state):
+        """Checkpoint of the original -> state dict, of its EMA network, of a UNet with self_cond=False."""
+        start = "ema_model."
+        state = {name[len(start):]: w for name, w in state["EMA"].items() if name.startswith(start)}
+        for theirs, ours in UNet.PUBLIC:
+            state = {name.replace(theirs, ours): w for name, w in state.items()}
+
+        # theirs are numbered in one row, n = size of a level * level + k; what ends a level is a convolution
+        ends = [int(name.split(".")[1]) for name in state if name.startswith("down.") and ".conv." in name]
+        blocks = min(ends, default=1)
+        of_level = {"down": blocks + 1, "up": blocks + 2}
+        found = {}
+        for name, w in state.items():
+            part, *rest = name.split(".")
+            if part in of_level:
+                level, k = divmod(int(rest[0]), of_level[part])
+                name = ".".join([part, str(level), str(k), *rest[1:]])
+            if part == "down":
+                name = name.replace(".conv.", ".")
+            found[name] = w
+
+        # their times are (t + 1) / 1000: what their first linear layer says of these, ours shall say of t
+        w = found["time_mlp.0.weight"]                                       # (E, dim)
+        t = torch.arange(1000)
+        ours = sinusoid(t, w.shape[1]).double()                              # (1000, dim)
+        theirs = sinusoid((t + 1) / 1000, w.shape[1]).double()
+        change = torch.linalg.lstsq(ours, theirs, driver="gelsd").solution   # ours @ change = theirs, to 1e-7
+        found["time_mlp.0.weight"] = (w.double() @ change.T).float()
+        return found

@@ -115,7 +115,19 @@ class UViT(nn.Module):
     SIZES = {
         "tiny": dict(dim=128, depth=4, heads=4, patch=4),
         "small": dict(dim=512, depth=12, heads=8, patch=2),
+        "small-4": dict(dim=512, depth=12, heads=8, patch=4),       # the original's for CelebA, 64 x 64
     }
+    PUBLIC = [      # names in libs/uvit.py of github.com/baofff/U-ViT, and here
+        ("patch_embed.proj.", "patch_embed."),
+        ("pos_embed", "positions"),
+        ("label_emb.", "label_embed."),
+        (".attn.proj.", ".attention.out."),
+        (".attn.", ".attention."),
+        ("skip_linear.", "fuse."),
+        ("norm.", "norm_out."),
+        ("decoder_pred.", "linear_out."),
+        ("final_layer.", "conv_out."),
+    ]
 
     def __init__(self, image_size=32, channels=3, num_classes=0, self_cond=True,
                  dim=512, depth=12, heads=8, patch=2):
@@ -237,3 +249,17 @@ class UViT(nn.Module):
         """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
         *_, feats = self.encoder(x, t, y)
         return self.aggregate(feats)
+
+    @staticmethod
+    def from_public(state):
+        """State dict of the original -> that of a UViT with self_cond=False.
+
+        The last row of a label table is "no class". The original's times are continuous: at our noise levels
+        they are 0.5 (t = 100) to 3.4 (t = 999) above t, which stays so.
+        """
+        for theirs, ours in UViT.PUBLIC:
+            state = {name.replace(theirs, ours): w for name, w in state.items()}
+        if state["patch_embed.weight"].shape[1] != 3:
+            raise ValueError("its networks of latents are trained on Stable Diffusion's noise levels, "
+                             "a schedule that is not here")
+        return state

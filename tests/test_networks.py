@@ -82,6 +82,7 @@ def watch(*modules):
 @pytest.mark.parametrize("name, size, kwargs, count", [
     ("unet", "base", {}, 35_746_307),
     ("uvit", "small", {}, 44_255_328),
+    ("uvit", "small-4", {}, 44_193_924),
     ("dit", "small", dict(channels=4, num_classes=1000), 32_858_896),
     ("dit", "base", dict(channels=4, num_classes=1000), 130_303_504),
     ("dit", "large", dict(channels=4, num_classes=1000), 457_824_272),
