@@ -3,6 +3,7 @@
     python probe.py runs/unet-tiny-shapes                    the layer x noise map: probe.json, probe.png
     python probe.py runs/unet-tiny-shapes --task segment     the same with a linear layer per pixel
     python probe.py runs/dit-small-cifar10 --data cifar100   transfer: other data, the network stays as it is
+    python probe.py --weights cifar10_uvit_small.pth --model uvit      public weights instead of a run
     python probe.py --compare runs/A runs/B                  layer curves of probed runs in one picture
 
 Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers.
@@ -29,9 +30,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from train import (LAYOUT, VERSIONS, Data, Parser, build, check_writable, command, load_data, load_run, mix,
-                   moments_of, pick_autocast, progress, require, save_file, say, setup, to_x0, try_to,
-                   whole_number)
+from train import (LAYOUT, VERSIONS, Data, Parser, add_source, build, check_source, check_writable, command,
+                   load_data, load_source, mix, moments_of, pick_autocast, progress, require, save_file, say,
+                   setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
@@ -57,7 +58,7 @@ def parse(argv):
     """Flags -> namespace. Raises UserError."""
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("run", nargs="?", help="folder of a run of train.py")
+    add_source(parser)
     flag("--task", choices=["classify", "segment"], default="classify", help="[classify]")
     flag("--data", help="probe on this data, see train.py; voc to segment [the run's own]")
     flag("--skip-bad", action="store_true", help="leave out unreadable images [as in the training]")
@@ -73,8 +74,10 @@ def parse(argv):
     flag("--device", help="cuda, mps or cpu [the first of these that is there]")
     flag("--precision", choices=["bf16", "fp16", "fp32"], help="[that of the training]")
     args = parser.parse_args(argv)
-    require(bool(args.run) != bool(args.compare),
-            "give either the folder of a run, or --compare and some.")
+    require(bool(args.run or args.weights) != bool(args.compare),
+            "give either the folder of a run, or --weights, or --compare and some.")
+    if not args.compare:
+        check_source(args)
     require(args.data != "voc" or args.task == "segment",
             "voc has no class per image: use --task segment.")
     require(args.task == "classify" or not args.knn, "--knn is for --task classify: leave it out.")
@@ -602,7 +605,7 @@ def probe_run(args):
     """Loads a run and its data, follows the protocol, says and writes what came out. Raises UserError."""
     device, _, world = setup(args.device)
     require(world == 1, "probe.py runs in one process: start it with python, without torchrun.")
-    state, net, diffusion = load_run(args.run, device)
+    state, net, diffusion = load_source(args, device)
     check_writable(Path(args.run))
     cfg, T = state["config"], diffusion.T
     cfg.skip_bad = cfg.skip_bad or args.skip_bad

@@ -3,6 +3,7 @@
     python sample.py runs/unet-tiny-shapes                         64 images: samples.png
     python sample.py runs/unet-tiny-shapes --classes star heart    of these classes only
     python sample.py runs/unet-tiny-shapes --denoise               the reverse process in steps: denoise.png
+    python sample.py --weights cifar10_uvit_small.pth --model uvit public weights instead of a run
     torchrun --nproc_per_node=2 sample.py runs/dit-small-cifar10 -n 50000 --npz --fid
 
 Image i is drawn with seed --seed + i and is the same for any batch size and any number of GPUs (pixels agree
@@ -19,16 +20,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 
 from diffusion import SAMPLERS
-from train import (GUIDANCE, Parser, check_writable, command, compile_parts, finite, load_data, load_run,
-                   moments_of, pick_autocast, progress, require, save_file, save_grid, say, seeded_noise,
-                   setup, to_pixels, to_uint8, vae_of, whole_number)
+from train import (GUIDANCE, Parser, add_source, check_source, check_writable, command, compile_parts, finite,
+                   load_data, load_source, moments_of, pick_autocast, progress, require, save_file, save_grid,
+                   say, seeded_noise, setup, to_pixels, to_uint8, vae_of, whole_number)
 
 
 def parse(argv):
     """Flags -> namespace. Raises UserError."""
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("run", help="folder of a run of train.py")
+    add_source(parser)
+    flag("--data", help="of --weights, see train.py [cifar10]")
     flag("-n", "--count", type=whole_number, default=64, help="number of images [64]")
     flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is for linear and cosine paths [ddim]")
     flag("--steps", type=whole_number, help="of the sampler [ddim: 50, ddpm: 1000, heun: 25]")
@@ -46,6 +48,8 @@ def parse(argv):
     flag("--device", help="cuda, mps or cpu [the first of these that is there]")
     flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
+    check_source(args)
+    require(args.weights or not args.data, "--data is for --weights: leave it out, the run knows it.")
     most = 10_000_000                               # they are kept in memory
     require(0 < args.count <= most, f"--count {args.count} is not possible: use 1 to {most:,}.")
     require(abs(args.seed) < 2 ** 62, f"--seed {args.seed} is not possible: use fewer digits.")
@@ -208,12 +212,15 @@ def write(args, run, images, ids, how):
 def main(argv=None):
     args = parse(argv)
     device, rank, world = setup(args.device)
-    state, net, diffusion = load_run(args.run, device)
+    state, net, diffusion = load_source(args, device)
     cfg, run = state["config"], Path(args.run)
     check_writable(run)
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
     check(args, state, diffusion, ids)
-    how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, EMA at {state['images']:,} images"
+    whose = f"EMA at {state['images']:,} images"
+    if args.weights:
+        whose = "public weights"
+    how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, {whose}"
     vae, moments = vae_of(state["latents"], device), moments_of(state["latents"], device)
     pixels = vae is not None or state["latents"] is None                     # else latents are all there is
     if args.denoise:

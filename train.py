@@ -151,6 +151,7 @@ class Config:
     self_cond: bool = flag(True, "self-conditioning [on]; off is the published baseline")
     distill: float = flag(None, "weight of contrastive self-distillation of z, say 0.005 to 0.02 [off]")
     distill_images: int = flag(None, "images over which that weight falls linearly to 0 [never]")
+    init: str = flag(None, "file of public weights to start from, see README [random]")
     schedule: str = flag("linear", "path from images to noise [linear]", list(SCHEDULES))
     target: str = flag(None, "what the network predicts [edm, flow: v; else eps]", TARGETS)
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
@@ -209,6 +210,8 @@ def check_config(cfg):
     require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
     require(not cfg.vae or not cfg.data.startswith("latents:"),
             f"{cfg.data} is encoded already: leave out --vae, or give images.")
+    require(not cfg.init or (cfg.schedule == "linear" and cfg.target in (None, "eps")),
+            f"{cfg.init} says eps on the linear path: use --schedule linear and --target eps with --init.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1245,6 +1248,117 @@ def load_run(folder, device):
     return state, net.eval().requires_grad_(False), diffusion
 
 
+# public weights: those of the original networks
+
+PUBLIC_SCALE = 0.18215      # by which the public networks of latents multiply these: Stable Diffusion's
+ADDED = ("proj.", "projector.")                     # what they do not have
+
+
+def some(names, most=3):
+    """The first names of a list, for a sentence."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def read_public(cfg):
+    """The file --init -> state dict of the network with self_cond=False, on the CPU. Raises UserError."""
+    require(Path(cfg.init).is_file(), f"{cfg.init} is no file: name one of public weights.")
+    try:
+        state = torch.load(cfg.init, map_location="cpu", weights_only=True)
+        state = {name: w.float() for name, w in MODELS[cfg.model].from_public(state).items()}
+    except Exception as e:                          # torch raises many kinds
+        why = str(e) if type(e) is ValueError else f"{type(e).__name__} {e}".splitlines()[0][:80]
+        raise UserError(f"{cfg.init} is no file of public weights for --model {cfg.model} ({why}): correct "
+                        "--model, or download it again.")
+    require(all(w.isfinite().all() for w in state.values()),
+            f"{cfg.init} has weights that are not finite: download it again.")
+    return state
+
+
+def classes_of(weights):
+    """How many classes public weights know, "no class" not counted."""
+    return len(weights["label_embed.weight"]) - 1 if "label_embed.weight" in weights else 0
+
+
+def load_public(cfg, net, weights):
+    """Puts public weights into a network, whose proj stays at zero. Raises UserError."""
+    known, K = classes_of(weights), net.num_classes
+    fitting = f"--conditional and data of {known:,} classes" if known else "--no-conditional"
+    require(known == K, f"{cfg.init} knows {known:,} classes, this network {K:,}: use {fitting}.")
+    buffers = dict(net.named_buffers())             # fixed tables, which are not loaded
+    parts = dict(net.named_parameters()) | buffers
+    parts = {name: w for name, w in parts.items() if not name.startswith(ADDED)}
+    shapes = {name: tuple(w.shape) for name, w in parts.items()}
+    lost = [name for name in shapes if name not in weights]
+    extra = [name for name in weights if name not in shapes]
+    other = [f"{name} {tuple(w.shape)}, not {shapes[name]}" for name, w in weights.items()
+             if name in shapes and w.shape != shapes[name]]
+    kinds = {"missing": lost, "left over": extra, "of another shape": other}
+    faults = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
+    require(not faults, f"{cfg.init} does not fit --model {cfg.model} --size {cfg.size} for images of "
+                        f"{net.image_size} x {net.image_size} ({'; '.join(faults)}): correct these flags.")
+    for name, table in buffers.items():
+        require(torch.allclose(table.cpu(), weights[name], atol=1e-5),
+                f"{cfg.init} has other {name} than {cfg.model}: use weights of the original network.")
+    net.load_state_dict(weights, strict=False)
+
+
+def public_meta(meta):
+    """meta of latents -> with the moments by which the public networks see them; None for images."""
+    if meta is None:
+        return None
+    C = len(meta["mean"])
+    return meta | dict(mean=[0.0] * C, std=[1 / PUBLIC_SCALE] * C)
+
+
+def load_weights(args, device):
+    """--weights and its flags -> what load_run gives of a run of them. Raises UserError."""
+    flags = ["--init", args.weights, "--no-self-cond", "--schedule", "linear", "--target", "eps"]
+    for name in ("model", "size", "data", "image_size"):
+        if getattr(args, name):
+            flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    cfg = parse_config(flags)
+    weights, meta, shape = read_public(cfg), None, [3, cfg.image_size, cfg.image_size]
+    if on_latents(cfg):
+        meta = public_meta(load_data(cfg.data, "train", cfg.image_size).meta)
+        shape = meta["shape"]
+    K = classes_of(weights)
+    cfg.conditional = K > 0
+    net, diffusion = build(cfg, shape, K, device)
+    load_public(cfg, net, weights)
+    state = dict(path=cfg.init, config=cfg, images=0, shape=shape, num_classes=K, latents=meta,
+                 classes=[str(k) for k in range(K)])
+    return state, net.eval().requires_grad_(False), diffusion
+
+
+# a run or public weights, for probe.py and sample.py
+
+def add_source(parser):
+    """The flags that say what network it is."""
+    flag = parser.add_argument
+    flag("run", nargs="?", help="folder of a run of train.py")
+    flag("--weights", metavar="FILE", help="public weights in its place; results: runs/<name of the file>")
+    flag("--model", choices=list(MODELS), help="of --weights [dit]")
+    flag("--size", help="of --weights, one of the network's SIZES [small; unet: base]")
+    flag("--image-size", type=whole_number, help="of --weights, side in pixels [32]")
+
+
+def check_source(args):
+    """Fills in the folder for results where there is no run. Raises UserError."""
+    require(bool(args.run) != bool(args.weights),
+            "give either the folder of a run, or --weights with --model, --size and --data.")
+    if args.weights:
+        args.run = f"runs/{Path(args.weights).stem}"
+        return
+    for name in ("model", "size", "image_size"):
+        require(getattr(args, name) is None,
+                f"--{name.replace('_', '-')} is for --weights: leave it out, the run knows it.")
+
+
+def load_source(args, device):
+    return load_weights(args, device) if args.weights else load_run(args.run, device)
+
+
 # --- the loop: its parts ------------------------------------------------------------------------------------
 
 class Batches:
@@ -1378,13 +1492,15 @@ class Run:
         return sum(p.numel() for p in self.net.parameters())
 
 
-def prepare(cfg, data, device, rank=0, world=1, state=None):
-    """-> Run at its start, or as the checkpoint dict state left it."""
+def prepare(cfg, data, device, rank=0, world=1, state=None, weights=None):
+    """-> Run at its start, from public weights where given, or as the checkpoint dict state left it."""
     torch.manual_seed(mix(cfg.seed))
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     num_classes = len(data.classes) if cfg.conditional else 0
     net, diffusion = build(cfg, data.images.shape[1:], num_classes, device)
+    if weights:
+        load_public(cfg, net, weights)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=device.type == "cuda")
@@ -1692,12 +1808,17 @@ def train(cfg):
     if cfg.resume:
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
     check_start(cfg, out, world, state)
+    weights = None
+    if cfg.init and not state:                      # a checkpoint has weights of its own
+        weights = in_every_process(lambda: read_public(cfg))
     if not on_latents(cfg):
         check_shape(cfg, (3, cfg.image_size, cfg.image_size))
     data = load_data(cfg.data, "train", cfg.image_size, cfg.skip_bad, cfg.vae, device,
                      check=functools.partial(check_shape, cfg))
+    if cfg.init:
+        data = data._replace(meta=public_meta(data.meta))
     check_data(cfg, data, state)
-    run = prepare(cfg, data, device, rank, world, state)
+    run = prepare(cfg, data, device, rank, world, state, weights)
     vae = vae_of(data.meta, device) if rank == 0 else None
     start_log(run, out, resumed=state is not None)
     if cfg.size == "tiny":
