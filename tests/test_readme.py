@@ -22,6 +22,7 @@ import probe
 import sample
 import train
 from conftest import CPU, ROOT, error, few_shapes, refused
+from test_weights import dit_state
 
 RESULTS = ROOT / ".github" / "results"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in RESULTS.glob("*.md"))]
@@ -85,7 +86,10 @@ def small(place, monkeypatch):
 
 def files_of_train(flags):
     """Runs a command of train.py on a tiny budget -> its run, the files that it promises."""
-    folder = Path(train.parse_config(flags).out)
+    cfg = train.parse_config(flags)
+    folder = Path(cfg.out)
+    if cfg.init:
+        need_weights(cfg.init)
     if "--resume" not in flags:
         shutil.rmtree(folder, ignore_errors=True)   # the same run is trained by several commands
     train.main([*flags, *f"--images {2 * BATCH} --batch-size {BATCH} --device cpu --no-compile".split()])
@@ -105,10 +109,18 @@ def need_run(name):
     return folder
 
 
+def need_weights(name):
+    """The folder of results of public weights; these, and the latents imagenet, are made small."""
+    if not Path("imagenet").exists():
+        shutil.copytree(train.encode("folder:photos", 256, "vae", CPU), "imagenet")
+    torch.save(dit_state(classes=2, side=32, depth=2), name)
+    return Path("runs", Path(name).stem)
+
+
 def files_of_sample(flags):
     """Runs a command of sample.py -> its run, the files that it promises."""
     args = sample.parse(flags)
-    folder = need_run(args.run)
+    folder = need_weights(args.weights) if args.weights else need_run(args.run)
     sample.main([*flags, *"-n 3 --steps 2 --device cpu".split()])
     if args.denoise:
         return folder, ["denoise.png"]
@@ -118,7 +130,10 @@ def files_of_sample(flags):
 def files_of_probe(flags):
     """Runs a command of probe.py, on two noise levels -> its first run, the files that it promises."""
     args, few = probe.parse(flags), "--t 10 300 --device cpu".split()
-    folders = [need_run(name) for name in args.compare or [args.run]]
+    if args.weights:
+        folders = [need_weights(args.weights)]
+    else:
+        folders = [need_run(name) for name in args.compare or [args.run]]
     stem = probe.stem(args)
     if not args.compare:
         probe.main([*flags, *few])
