@@ -217,9 +217,9 @@ def main(argv=None):
     check_writable(run)
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
     check(args, state, diffusion, ids)
-    whose = f"EMA at {state['images']:,} images"
-    if args.weights:
-        whose = "public weights"
+    whose = "public weights"
+    if not args.weights:
+        whose = f"EMA at {state['images']:,} images"
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, {whose}"
     vae, moments = vae_of(state["latents"], device), moments_of(state["latents"], device)
     pixels = vae is not None or state["latents"] is None                     # else latents are all there is

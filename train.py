@@ -1326,7 +1326,7 @@ def load_weights(args, device):
     cfg.conditional = K > 0
     net, diffusion = build(cfg, shape, K, device)
     load_public(cfg, net, weights)
-    state = dict(path=cfg.init, config=cfg, images=0, shape=shape, num_classes=K, latents=meta,
+    state = dict(path=cfg.init, config=cfg, images=None, shape=shape, num_classes=K, latents=meta,
                  classes=[str(k) for k in range(K)])
     return state, net.eval().requires_grad_(False), diffusion
 

@@ -367,7 +367,7 @@ def test_probe_and_sample(tmp_path, monkeypatch, name):
     more = f"--data shapes --image-size {SIDE}"
     probe.main(flags(name, "file.pt", f"{more} --t 10 --references"))
     result = json.loads(Path("runs/file/probe-shapes.json").read_text())
-    assert result["run"] == "file" and result["bottleneck"] is None and "references" in result
+    assert result["run"] == "file" and result["trained_on"] is None and "references" in result
     sample.main(flags(name, "file.pt", f"{more} -n 5 --npz --steps 2"))
     with np.load("runs/file/samples.npz") as found:
         assert found["arr_0"].shape == (5, SIDE, SIDE, 3)
@@ -399,6 +399,13 @@ def test_latents_are_scaled(tmp_path, monkeypatch, latents, capsys):
 
 # --- what does not fit ---
 
+class Program:
+    """Would write a file, where it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
 def changed(name, **new):
     weights = public(name)
     weights.update(new)
@@ -418,8 +425,8 @@ def changed(name, **new):
     ("dit", public("uvit"), ["--model dit"]), ("uvit", public("dit"), ["--model uvit"]),
     ("dit", changed("dit", **{f"blocks.4.{n}": torch.ones(2) for n in range(9)}),
      ["left over: blocks.4.0, blocks.4.1, blocks.4.2 and 6 more"]),
-    ("unet", dict(EMA=dict(step=torch.tensor(1))), ["--model unet"]),
-    ("dit", [1, 2], ["--model dit"]), ("dit", dict(a=print), ["--model dit"]), ("dit", None, ["--model dit"]),
+    ("unet", dict(EMA=dict(step=torch.tensor(1))), ["--model unet", "time_mlp"]),
+    ("dit", [1, 2], ["--model dit"]), ("dit", Program(), ["--model dit"]), ("dit", None, ["--model dit"]),
 ])
 def test_does_not_fit(tmp_path, monkeypatch, capsys, name, state, words):
     """What is missing, left over, of another shape or no weights at all is named, in one sentence."""
@@ -437,8 +444,8 @@ def test_does_not_fit(tmp_path, monkeypatch, capsys, name, state, words):
 
 
 @pytest.mark.parametrize("main, more, words", [
-    (probe.main, "--weights nowhere.pt --data shapes", ["nowhere.pt is no file"]),
-    (sample.main, "--weights nowhere.pt", ["nowhere.pt is no file"]),
+    (probe.main, "--weights nowhere.pt --data shapes", ["nowhere.pt is no file:"]),
+    (sample.main, "--weights nowhere.pt", ["nowhere.pt is no file:"]),
     (sample.main, "", ["either", "--weights"]), (sample.main, "run --weights a.pt", ["either", "--weights"]),
     (probe.main, "run --weights a.pt", ["either", "--weights"]),
     (probe.main, "--weights a.pt --compare run", ["either", "--weights"]),
