@@ -136,6 +136,7 @@ def test_round_trip(schedule, target, T):
     assert error(diffusion.add_noise(x0_back, t[1:], noise_back), x_t[1:]) < 1e-9
 
 
+@pytest.mark.pins
 @paths
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (3, 2, 5, 5)])
 @pytest.mark.parametrize("classes", [False, True])
@@ -158,6 +159,7 @@ def test_loss(schedule, target, shape, classes):
     assert half.dtype == torch.float32, "the error of a bfloat16 network is taken in float32"
 
 
+@pytest.mark.pins
 @pytest.mark.parametrize("data", [0.5, 1])
 def test_loss_of_edm(data):
     """edm's loss is lambda |D - x0|^2 with D = c_skip x + c_out F(c_in x), F = -net (EDM, table 1, eq. 8)."""

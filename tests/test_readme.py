@@ -2,6 +2,7 @@
 import ast
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
+import diffusion
 import probe
 import sample
 import train
@@ -267,9 +269,44 @@ def test_exercise_z(name, parts, z):
 
 
 @pytest.mark.pins
+def test_exercise_weights():
+    """Exercise 3: at a signal-to-noise ratio r eps counts min(r, 5) / r, v min(r, 5) / (r + 1)."""
+    module = patched("diffusion.py", "snr.clamp", page=".github/results/exercises.md")
+    x0, noise, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([10, 200, 900])
+    for target, least in (("eps", 0), ("v", 1)):
+        plain = diffusion.GaussianDiffusion(target=target)
+        weighed = module.GaussianDiffusion(target=target).error(x0, x0, t, noise)
+        abar = plain.path.abar(t)
+        ratio = abar / (1 - abar)
+        expected = ratio.clamp(max=5) / (ratio + least) * plain.error(x0, x0, t, noise)
+        assert error(weighed, expected) < 1e-5 and ratio[0] > 5 > ratio[2]
+
+
+@pytest.mark.pins
+def test_exercise_multistep():
+    """Exercise 4: the sampler's error falls with the square of the steps, ddim's with the steps."""
+    page = ".github/results/exercises.md"
+    module = patched("diffusion.py", "SAMPLERS = ", "return {", "x0_middle", page=page)
+    flow = module.GaussianDiffusion(schedule="flow")
+
+    def net(x, t):                                  # of data ~ N(0, 0.3^2), exact
+        tau = t[0].item() / 1000
+        return (tau - 0.09 * (1 - tau)) * x / (0.09 * (1 - tau) ** 2 + tau ** 2)
+
+    def off(steps, sampler):
+        trace = []
+        flow.sample(net, torch.ones(1, 1, 1, 1, dtype=torch.float64), None, None, steps, sampler, clip=False,
+                    trace=trace)
+        tau, x = trace[-1][0] / 1000, trace[-1][1].item()
+        return abs(x - (0.09 * (1 - tau) ** 2 + tau ** 2) ** 0.5)
+    for sampler, order in (("ddim", 1), ("multistep", 2)):
+        assert abs(math.log2(off(100, sampler) / off(200, sampler)) - order) < 0.3
+
+
+@pytest.mark.pins
 def test_exercise_probe_head():
-    """Exercise 3: two layers on whitened features learn what a linear layer cannot: exclusive or."""
-    head = patched("probe.py", "eigh", page=".github/results/probe-head.md")
+    """Exercise 5: two layers on whitened features learn what a linear layer cannot: exclusive or."""
+    head = patched("probe.py", "eigh", page=".github/results/exercises.md")
     torch.manual_seed(0)
     h = torch.randn(400, 2)
     y = (h[:, 0] * h[:, 1] > 0).long()
