@@ -302,18 +302,6 @@ TEACHER_SIGMA = 0.341        # that of t = 100 on linear's path
 TEMPERATURE = 0.2
 
 
-class Student(nn.Module):
-    """A network whose forward pass also gives the projection of its z, (B, 128): what DDP must see as one."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, t, y=None):
-        out, z = self.net(x, t, y, return_z=True)
-        return out, self.net.projector(z)
-
-
 def make_projector(net):
     """An MLP for z of a network, from its width D to 128 (SimCLR, arXiv 2002.05709, section 2.1)."""
     x = torch.zeros(1, net.channels, net.image_size, net.image_size)

@@ -43,13 +43,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from diffusion import (SCHEDULES, TARGETS, TEACHER_SIGMA, GaussianDiffusion, Student, augment, contrast,
+from diffusion import (SCHEDULES, TARGETS, TEACHER_SIGMA, GaussianDiffusion, augment, contrast,
                        make_projector, teacher_keys)
 from dit_selfcond import DiT
 from unet_selfcond import UNet
@@ -1438,14 +1437,14 @@ class Meter:
     """Sums of the losses since the last record, on the device, and the largest gradient norm."""
 
     def __init__(self, device, images, sums=(0.0, 0.0), steps=0):
-        self.denoising, self.distillation = torch.tensor(sums, device=device)
+        self.losses = torch.tensor(sums, device=device)          # denoising, distillation
         self.norm = torch.zeros((), device=device)
         self.steps = steps
         self.images, self.time = images, time.time()             # where it starts
 
     def means(self):
         """-> mean denoising and distillation loss, over all processes, and the norm. Waits for the device."""
-        losses = torch.stack([self.denoising, self.distillation])
+        losses = self.losses.clone()
         if dist.is_initialized():
             dist.all_reduce(losses)
             losses = losses / dist.get_world_size()
@@ -1463,7 +1462,6 @@ class Run:
     world: int
     net: torch.nn.Module
     ema: torch.nn.Module
-    model: torch.nn.Module          # net as a step calls it: a Student where it distils, and in DDP
     diffusion: GaussianDiffusion
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; else it is off
@@ -1471,6 +1469,13 @@ class Run:
     batches: Batches
     meter: Meter
     images: int = 0                 # seen so far
+
+    def __post_init__(self):
+        self.weights = list(self.net.parameters())               # once: to walk a network takes milliseconds
+        self.averages = list(self.ema.parameters())
+        # the functions of these names below; on a GPU their CUDA graphs
+        self.forward_backward = functools.partial(forward_backward, self)
+        self.keys_of = functools.partial(keys_of, self)
 
     @property
     def share(self):
@@ -1506,11 +1511,10 @@ def prepare(cfg, data, device, rank=0, world=1, state=None, weights=None):
                                   fused=device.type == "cuda")
     autocast, dtype = pick_autocast(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    model = Student(net) if cfg.distill else net
     batches = Batches(data, cfg, diffusion, device, rank, world)
     meter = Meter(device, images=0)
-    run = Run(cfg, data, device, rank, world, net, ema, model, diffusion, optimizer, scaler, autocast,
-              batches, meter)
+    run = Run(cfg, data, device, rank, world, net, ema, diffusion, optimizer, scaler, autocast, batches,
+              meter)
     if state:
         restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
         run.images = state["images"]
@@ -1519,36 +1523,56 @@ def prepare(cfg, data, device, rank=0, world=1, state=None, weights=None):
         make_fast(run)
     elif cfg.compile and device.type == "cuda":
         say("torch.compile is off: it needs Triton, which is not installed")
-    if dist.is_initialized():
-        run.model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
 
 def compile_parts(net):
-    """Compile a network block by block, in place, so that parameters keep their names."""
-    torch._dynamo.config.recompile_limit = 64       # all blocks of a class share it, one graph a width
+    """Compile a network in place, so that parameters keep their names."""
     for part in net.parts:
-        part.compile()
+        part.compile(dynamic=False)                 # else for any width, which is slower
+
+
+def capture(step, *inputs):
+    """step(*inputs), of tensors whose shapes stay the same, or None, as a CUDA graph: launched all at once.
+
+    -> a function like step; what it returns lies at the same place each time.
+    """
+    inputs = [None if x is None else x.clone() for x in inputs]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):                          # compiles, and chooses the fastest kernels
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    # thread_local: others may fetch data and watch NCCL meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = step(*inputs)
+
+    def replay(*new):
+        for x, value in zip(inputs, new):
+            if x is not None:
+                x.copy_(value)
+        graph.replay()
+        return result
+    return replay
 
 
 def make_fast(run):
-    """Compiled blocks, and the model's forward and backward pass as CUDA graphs.
+    """Compiled blocks, and CUDA graphs of a step's passes.
 
     A step has up to 2,000 kernels, more than the host launches in time; a graph launches them all.
     """
     say("compiling: the first time it takes up to minutes, later it comes from a cache")
     compile_parts(run.net)
-    if run.cfg.distill:                             # the teacher
-        compile_parts(run.ema)
-    shape = run.data.images.shape[1:]
-    x = torch.zeros(run.micro, *shape, device=run.device).to(memory_format=LAYOUT["cuda"])
-    t = run.diffusion.path.draw(run.micro, device=run.device)
-    y = torch.zeros(run.micro, dtype=torch.int64, device=run.device)
-    inputs = (x, t, y) if run.num_classes else (x, t)
-    with run.autocast():
-        run.model = torch.cuda.make_graphed_callables(run.model, inputs)
-    for w in run.net.parameters():                  # else w.grad would be memory of the graph
-        w.grad = torch.zeros_like(w)
+    step = run.images // run.cfg.batch_size
+    x0, t, noise, y = run.batches(step)
+    keys = weight = None
+    if run.cfg.distill:
+        run.ema.encode = torch.compile(run.ema.encode, dynamic=False)        # the teacher
+        run.keys_of = capture(run.keys_of, *run.batches.noisy_view(x0, step))
+        keys = torch.zeros(run.cfg.batch_size, 128, device=run.device)
+        weight = torch.zeros((), device=run.device)
+    run.forward_backward = capture(run.forward_backward, x0, t, noise, y, keys, weight)
 
 
 def learning_rate(cfg, images):
@@ -1566,63 +1590,88 @@ def distill_weight(cfg, images):
 
 
 @torch.no_grad()
-def update_ema(ema, net, cfg, images):
+def update_ema(run):
     """ema <- beta ema + (1 - beta) net; its half-life, in images, ramps up (EDM, arXiv 2206.00364, F.2)."""
-    beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * images))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+    cfg = run.cfg
+    beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * run.images))
+    torch._foreach_lerp_(run.averages, run.weights, 1 - beta)
+
+
+def keys_of(run, view, t):
+    """What the teacher says of the views of this process (b, C, H, W) at t (b,) -> (b, 128)."""
+    with run.autocast():
+        return teacher_keys(run.ema, view, t, run.micro)
 
 
 def all_keys(run, x0, step):
-    """What the teacher says of another view of each image of the whole batch, (B, 128)."""
-    with run.autocast():
-        keys = teacher_keys(run.ema, *run.batches.noisy_view(x0, step), run.micro)
-    if not dist.is_initialized():
+    """What the teacher says of another view of each image of the whole batch -> (B, 128)."""
+    if distill_weight(run.cfg, run.images) == 0:                 # then the teacher costs nothing
+        return torch.zeros(run.cfg.batch_size, 128, device=run.device)
+    keys = run.keys_of(*run.batches.noisy_view(x0, step))
+    if run.world == 1:
         return keys
     every = [torch.empty_like(keys) for _ in range(run.world)]
     dist.all_gather(every, keys)
     return torch.cat(every)
 
 
-def distillation_loss(run, p, keys, weight, i, t):
-    """Of the images i, i + 1, ... of this process, whose z are projected to p (n, 128), at t (n,) -> (n,)."""
-    if weight == 0:
-        return 0 * p.sum(1)                         # DDP waits for a gradient of every parameter
-    own = run.rank * run.share + i + torch.arange(len(p), device=run.device)    # keys are in order of ranks
+def distillation_loss(run, z, t, keys, i):
+    """Of the images i, i + 1, ... of this process, with z (n, D) at t (n,): what they add to the mean, ()."""
+    own = run.rank * run.share + i + torch.arange(len(z), device=run.device)    # keys are in order of ranks
+    each = contrast(run.net.projector(z), keys, own)
     # the more of an image is left, the more its z can know
-    return run.diffusion.path.abar(t) * contrast(p, keys, own)
+    return (run.diffusion.path.abar(t) * each).sum() / run.share
+
+
+def forward_backward(run, x0, t, noise, y, keys=None, weight=None):
+    """Puts the gradients of this process's share of a batch into w.grad -> its two mean losses, (2,).
+
+    The second is the distillation's, with keys (B, 128), the teacher's of the whole batch, and a weight ().
+    """
+    run.optimizer.zero_grad()
+    losses = torch.zeros(2, device=run.device)
+    for i in range(0, run.share, run.micro):
+        part = slice(i, i + run.micro)
+        x_t = run.diffusion.add_noise(x0[part], t[part], noise[part])
+        labels = None if y is None else y[part]
+        with run.autocast():
+            out, z = run.net(x_t, t[part], labels, return_z=True)
+            denoising = run.diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
+            loss, distillation = denoising, torch.zeros_like(denoising)
+            if keys is not None:                    # at weight 0 they say nothing
+                distillation = (weight > 0) * distillation_loss(run, z, t[part], keys, i)
+                loss = denoising + weight * distillation
+        run.scaler.scale(loss).backward()
+        losses += torch.stack([denoising, distillation]).detach()
+    return losses
+
+
+def average_gradients(weights, world):
+    """Over all processes, in one message."""
+    flat = torch.cat([w.grad.flatten() for w in weights])
+    dist.all_reduce(flat)
+    flat /= world
+    for w, grad in zip(weights, flat.split([w.numel() for w in weights])):
+        w.grad.copy_(grad.view_as(w))
 
 
 def train_step(run, step):
-    """Forward and backward pass over a batch, and a step of the optimiser; the losses go into run.meter."""
-    cfg, diffusion = run.cfg, run.diffusion
+    """The gradients of a batch, and a step of the optimiser; the losses go into run.meter."""
     x0, t, noise, y = run.batches(step)
-    torch.manual_seed(mix(cfg.seed, step, 2 + run.rank))         # dropout follows (seed, step) too
-    weight = distill_weight(cfg, run.images)
-    keys = all_keys(run, x0, step) if weight > 0 else None       # at 0 the teacher costs nothing
-    for i in range(0, run.share, run.micro):
-        part = slice(i, i + run.micro)
-        inputs = [diffusion.add_noise(x0[part], t[part], noise[part]), t[part]]
-        if y is not None:
-            inputs.append(y[part])
-        last = part.stop == run.share               # DDP averages the gradients of the processes then
-        with nullcontext() if last or run.world == 1 else run.model.no_sync(), run.autocast():
-            distillation = torch.zeros((), device=run.device)
-            if cfg.distill:
-                out, p = run.model(*inputs)
-                distillation = distillation_loss(run, p, keys, weight, i, t[part]).sum() / run.share
-            else:
-                out = run.model(*inputs)
-            denoising = diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
-            run.scaler.scale(denoising + weight * distillation).backward()
-        run.meter.denoising += denoising.detach()
-        run.meter.distillation += distillation.detach()
+    keys = weight = None
+    if run.cfg.distill:
+        weight = torch.full((), distill_weight(run.cfg, run.images), device=run.device)
+        keys = all_keys(run, x0, step)
+    torch.manual_seed(mix(run.cfg.seed, step, 2 + run.rank))     # dropout follows (seed, step) too
+    run.meter.losses += run.forward_backward(x0, t, noise, y, keys, weight)
+    if run.world > 1:
+        average_gradients(run.weights, run.world)
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), CLIP)
+    norm = torch.nn.utils.clip_grad_norm_(run.weights, CLIP)
     if not run.scaler.is_enabled():                 # fp16 leaves out a step that is not finite
         run.meter.norm = torch.maximum(run.meter.norm, norm)     # NaN stays NaN
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=False)      # a CUDA graph writes into the same memory again
     run.meter.steps += 1
 
 
@@ -1838,7 +1887,7 @@ def train(cfg):
         run.optimizer.param_groups[0]["lr"] = lr
         train_step(run, step=run.images // cfg.batch_size)
         run.images += cfg.batch_size
-        update_ema(run.ema, run.net, cfg, run.images)
+        update_ema(run)
         bar.update(cfg.batch_size)
         spent, signalled = stop_requested(run, begun, asked)
         over = spent or signalled                   # then it is saved and drawn below

@@ -41,7 +41,7 @@ def steps(run, n=1):
         run.optimizer.param_groups[0]["lr"] = train.learning_rate(run.cfg, run.images)
         train.train_step(run, run.images // run.cfg.batch_size)
         run.images += run.cfg.batch_size
-        train.update_ema(run.ema, run.net, run.cfg, run.images)
+        train.update_ema(run)
     return run
 
 
@@ -404,10 +404,10 @@ def test_ema_in_the_loop(tmp_path, monkeypatch):
     """The checkpoint's EMA is the average of the weights after each step, begun at the first ones."""
     seen, update = [], train.update_ema
 
-    def watch(ema, net, cfg, images):
-        for part in (net,) if seen else (ema, net):
+    def watch(run):
+        for part in (run.net,) if seen else (run.ema, run.net):
             seen.append({k: v.double().clone() for k, v in part.state_dict().items()})
-        update(ema, net, cfg, images)
+        update(run)
     monkeypatch.setattr(train, "update_ema", watch)
     state = run(tmp_path / "run", f"{MOVES} --images 272 --ema 12")
     expected = seen[0]

@@ -486,7 +486,8 @@ def test_starts_as_the_original(tmp_path, name, more):
     before = {key: w.clone() for key, w in r.net.state_dict().items()}
     r.optimizer.param_groups[0]["lr"] = 1e-3
     train.train_step(r, 0)
-    train.update_ema(r.ema, r.net, r.cfg, 16)
+    r.images += r.cfg.batch_size
+    train.update_ema(r)
     for net in (r.net, r.ema):
         still = [key for key, w in net.state_dict().items() if torch.equal(w, before[key])]
         assert still == [], "a step moves everything, proj too"

@@ -33,7 +33,7 @@ def random_data(size):
 def step(run):
     train.train_step(run, run.images // run.cfg.batch_size)
     run.images += run.cfg.batch_size
-    train.update_ema(run.ema, run.net, run.cfg, run.images)
+    train.update_ema(run)
 
 
 def flops(run):
