@@ -11,6 +11,7 @@ within 2 of 255 levels on one kind of device). Everything is written into the ru
 """
 import importlib.util
 import math
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, add_source, check_source, check_writable, command, compile_parts, finite,
                    load_data, load_source, moments_of, pick_autocast, progress, require, save_file, save_grid,
                    say, seeded_noise, setup, to_pixels, to_uint8, vae_of, whole_number)
+
+COMPILE_FROM = 10_000            # images of a GPU: from here on compiling saves more time than it takes
 
 
 def parse(argv):
@@ -44,7 +47,7 @@ def parse(argv):
     flag("--out", metavar="NAME", help="of the files [samples; denoise; latents]")
     flag("--skip-bad", action="store_true", help="leave out unreadable images, for --fid")
     flag("--denoise", action="store_true", help="a picture of the reverse process instead")
-    flag("--compile", action="store_true", help="for many images: compile, then be faster")
+    flag("--compile", action=BooleanOptionalAction, help=f"[from {COMPILE_FROM:,} images a GPU on]")
     flag("--device", help="cuda, mps or cpu [the first of these that is there]")
     flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
@@ -194,6 +197,15 @@ def check(args, state, diffusion, ids):
             "with your images.")
 
 
+def compile_pays(args, device, world):
+    """--compile or --no-compile; without either, many images on a GPU are worth it. Raises UserError."""
+    usable = device.type != "cuda" or torch.utils._triton.has_triton()
+    if args.compile is None:
+        return device.type == "cuda" and usable and args.count >= COMPILE_FROM * world
+    require(usable or not args.compile, "--compile needs Triton, which is not installed: leave it out.")
+    return args.compile
+
+
 def write(args, run, images, ids, how):
     """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
     columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.count)
@@ -239,9 +251,7 @@ def main(argv=None):
     # what is compared with is loaded before hours of sampling
     skip_bad = cfg.skip_bad or args.skip_bad
     real = load_data(cfg.data, "train", cfg.image_size, skip_bad).images if args.fid else None
-    if args.compile:
-        require(device.type != "cuda" or torch.utils._triton.has_triton(),
-                "--compile needs Triton, which is not installed: leave it out.")
+    if compile_pays(args, device, world):
         torch.backends.cudnn.benchmark = True
         compile_parts(net)
 

@@ -183,7 +183,7 @@ def test_torchrun_takes_the_flags(script):
 def test_compile(root, monkeypatch):
     """--compile compiles whole batches only, each part of the network once, and draws the same images."""
     real, stats = torch.nn.Module.compile, torch._dynamo.utils.counters["stats"]
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: real(self, backend="eager"))
     torch._dynamo.reset()
     stats.clear()
     flags = "-n 5 --steps 2 --batch-size"
@@ -191,7 +191,24 @@ def test_compile(root, monkeypatch):
     assert error(draw(root / "free", f"{flags} 8 --compile"), expected) <= 2
     assert not stats["unique_graphs"]
     assert error(draw(root / "free", f"{flags} 2 --compile"), expected) <= 2
-    assert 1 < stats["unique_graphs"] <= len(train.load_run(root / "free", CPU)[1].parts)
+    assert 1 <= stats["unique_graphs"] <= len(train.load_run(root / "free", CPU)[1].parts)
+
+
+@pytest.mark.parametrize("flags, device, world, expected", [
+    ("-n 9999", "cuda", 1, False), ("-n 10000", "cuda", 1, True), ("-n 10000", "cpu", 1, False),
+    ("-n 10000", "cuda", 2, False), ("-n 20000", "cuda", 2, True),
+    ("-n 50000 --no-compile", "cuda", 1, False), ("-n 1 --compile", "cuda", 1, True)])
+def test_compiles_many(monkeypatch, flags, device, world, expected):
+    """Unasked it compiles for 10,000 images and more a GPU, where it can; the flag has the last word."""
+    args = sample.parse(["run", *flags.split()])
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    assert sample.compile_pays(args, torch.device(device), world) == expected
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: False)
+    if args.compile:
+        with pytest.raises(train.UserError, match="--compile needs Triton"):
+            sample.compile_pays(args, torch.device(device), world)
+    else:
+        assert not sample.compile_pays(args, torch.device(device), world)
 
 
 # --- flags ---
