@@ -304,6 +304,8 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
     """
     if spec.startswith("latents:"):
         data = load_latents(in_every_process(lambda: folder_of(spec)), split)
+        same_everywhere([data.meta, len(data.labels)],
+                        f"{spec} is another on another machine: copy it anew, or share a drive.")
         side = data.images.shape[-1]
         require(image_size in (None, side), f"{spec} has latents of {side} x {side}, not of {image_size} x "
                                             f"{image_size}: leave --image-size out.")
@@ -326,9 +328,11 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
     return data
 
 
-def download(kind, name, split):
+def open_cifar(name, split, download):
+    """torchvision's data set. Raises UserError."""
+    kind = getattr(torchvision.datasets, name.upper())
     try:
-        kind("data", split == "train", download=True)
+        return kind("data", split == "train", download=download)
     except (OSError, RuntimeError) as e:            # URLError is an OSError
         raise UserError(f"{name} is not in ./data and could not be downloaded ({e}): go online, or use "
                         "--data shapes (built in) or --data folder:PATH (images of yours).")
@@ -336,9 +340,8 @@ def download(kind, name, split):
 
 def load_cifar(name, split):
     """CIFAR-10 or -100 from ./data, downloaded by the first process if it is not there. Raises UserError."""
-    kind = getattr(torchvision.datasets, name.upper())
-    from_first(lambda: download(kind, name, split))
-    found = kind("data", split == "train", download=False)
+    from_first(lambda: bool(open_cifar(name, split, download=True)))
+    found = in_every_process(lambda: open_cifar(name, split, download=False))
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return Data(images, torch.tensor(found.targets), None, found.classes)
 
@@ -514,6 +517,8 @@ def read_cache(cache, stamp):
 def load_folder(root, split, size, skip_bad):
     """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
     files, labels, classes = in_every_process(lambda: list_folder(root, split))
+    same_everywhere([str(path.relative_to(root)) for path in files],
+                    f"{root} has other files on another machine: copy it anew, or share a drive.")
     stamp = stamp_of(root, files)
     cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
     images = read_cache(cache, stamp)
@@ -980,6 +985,12 @@ def in_every_process(work):
     return result
 
 
+def same_everywhere(value, message):
+    """Raises UserError where the machines, each with a disk of its own, differ in this value."""
+    digest = hashlib.sha256(repr(value).encode()).hexdigest()
+    require(all(other == digest for other in gather(digest)), message)
+
+
 def from_first(work):
     """What work() gives in the first process, which alone does it. Raises UserError in all."""
     rank, _ = processes()
@@ -1050,7 +1061,10 @@ def resume_command():
     """The command line that goes on with this run of train.py."""
     start = sys.orig_argv
     if "RANK" in os.environ:
-        start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", *sys.argv]
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        if here != os.environ["WORLD_SIZE"]:
+            return "the same commands on all machines, and --resume"
+        start = ["torchrun", f"--nproc_per_node={here}", *sys.argv]
     if "--resume" not in start:
         start = [*start, "--resume"]
     return shlex.join(start)
@@ -1855,6 +1869,7 @@ def train(cfg):
     # whatever can be wrong is found before anything is written
     state = None
     if cfg.resume:
+        same_everywhere(path.exists(), f"{path} is not there on every machine: copy it, or share a drive.")
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
     check_start(cfg, out, world, state)
     weights = None

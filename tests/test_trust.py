@@ -9,12 +9,14 @@ import pickle
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from errno import ENOSPC
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +108,52 @@ def stopped_in_fork(flags):
         signal.signal(number, signal.SIG_DFL)
     sys.orig_argv = ["python", "train.py", *flags]
     train.main(flags)
+
+
+def on_two_disks(folders, flags):
+    """The processes of a run as on two machines that share no drive; the first alone has CIFAR."""
+    rank = int(os.environ["RANK"])
+    os.chdir(folders[rank])
+    if rank == 0:
+        few = SimpleNamespace(data=np.zeros((40, 32, 32, 3), np.uint8), targets=[0] * 40, classes=["a"])
+        train.open_cifar = lambda name, split, download: few
+    train_in_fork(flags)
+
+
+@pytest.mark.parametrize("case, words", [
+    ("the same photos", []), ("a photo less", ["photos", "other files", "another machine"]),
+    ("no checkpoint", ["checkpoint.pt", "every machine"]), ("no cifar10", ["cifar10", "not in ./data"])])
+def test_two_disks(tmp_path, photos, case, words):
+    """Machines that share no drive: equal data is enough; what differs ends both with one sentence."""
+    disks = [tmp_path / "first", tmp_path / "second"]
+    for disk in disks:
+        shutil.copytree(photos, disk / "photos", copy_function=shutil.copyfile)             # of another time
+    flags = argv("run", f"{MOVES} --data folder:photos --images 64")
+    if case == "a photo less":
+        next(disks[1].glob("photos/train/*/*")).unlink()
+    if case == "no checkpoint":
+        run(disks[0] / "run", f"{MOVES} --data folder:{disks[0]}/photos --images 32")
+        flags += ["--resume"]
+    if case == "no cifar10":
+        flags = argv("run", "--data cifar10")
+    before = [tree(disk) for disk in disks]
+    both = fork_two(on_two_disks, disks, flags)
+    (code, _, err), (other, _, nothing) = [end(process) for process in both]
+    assert tree(disks[1]) == before[1]
+    if case == "the same photos":
+        assert code == other == 0, err
+        one = run(tmp_path / "one", f"{MOVES} --data folder:{disks[0]}/photos --images 64")
+        assert error(load(disks[0] / "run")["ema"], one["ema"]) < 1e-5
+    else:
+        assert code == other == 2 and nothing == "" and tree(disks[0]) == before[0]
+        assert err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_goes_on_on_several_machines(monkeypatch):
+    """Of several machines one knows its own command alone: it does not make up the others'."""
+    for name, value in dict(RANK="0", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    assert train.resume_command() == "the same commands on all machines, and --resume"
 
 
 @pytest.mark.parametrize("who", ["second", "torchrun"])
