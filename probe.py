@@ -4,7 +4,7 @@
     python probe.py runs/unet-tiny-shapes --task segment     the same with a linear layer per pixel
     python probe.py runs/dit-small-cifar10 --data cifar100   transfer: other data, the network stays as it is
     python probe.py --weights cifar10_uvit_small.pth --model uvit      public weights instead of a run
-    python probe.py --compare runs/A runs/B                  layer curves of probed runs in one picture
+    python probe.py --compare runs/A runs/B                  curves and maps of probed runs side by side
 
 Features of the EMA network in eval mode, without class label; one forward pass gives those of all layers.
 They are averaged over space (to segment: upsampled to the pixels) and standardised, and one linear layer
@@ -68,7 +68,7 @@ def parse(argv):
          help="learn from so many randomly flipped and shifted views of each image [0]")
     flag("--knn", action="store_true", help="also k nearest neighbours at the chosen place")
     flag("--references", action="store_true", help="also an untrained network and the pixels")
-    flag("--compare", nargs="+", metavar="RUN", help="draw the curves of these probed runs")
+    flag("--compare", nargs="+", metavar="RUN", help="draw curves and maps of these probed runs")
     flag("--seed", type=whole_number, default=0, help="of held-out part, noise, views, pixels [0]")
     flag("--batch-size", type=whole_number, default=500, help="images of a forward pass [500]")
     flag("--device", help="cuda, mps or cpu [the first of these that is there]")
@@ -499,27 +499,39 @@ def canvas(width, height, heading):
     return picture, pen
 
 
-def draw_map(result, file):
-    """The layer x noise map as a PNG, dark is high; the best place is framed."""
-    what = f"{METRICS[result['metric']]} of linear probes on held-out images of {result['data']} (%)"
-    values = 100 * np.array(result["held_out"])
-    shade = (values - values.min()) / max(np.ptp(values), 1e-9)     # 0..1
-    picture, pen = canvas(210 + 92 * len(values[0]), 190 + 40 * len(values),
-                          [(what, "black"), (summary(result), "black")])
-    pen.text((180, 146), "noise / signal", "black", anchor="rm")
-    for j, (t, sigma) in enumerate(zip(result["levels"], result["sigmas"])):
-        pen.text((240 + 92 * j, 118), f"t = {t}", "black", anchor="mm")
-        pen.text((240 + 92 * j, 146), f"{sigma:.3f}", "black", anchor="mm")
+def draw_maps(results, file):
+    """Layer x noise maps side by side as a PNG; dark is high, by one scale for all."""
+    first, several = results[0], len(results) > 1
+    what = f"{METRICS[first['metric']]} of linear probes on held-out images of {first['data']} (%)"
+    heading = [(what, "black"), *((summary(result), "black") for result in results)]
+    values = [np.array(result["held_out"]) for result in results]
+    low, high = min(map(np.min, values)), max(map(np.max, values))
+    width, top = 210 + 92 * len(first["levels"]), 82 + 36 * (len(results) + several)
+    picture, pen = canvas(width * len(results), top + 72 + 40 * max(map(len, values)), heading)
+    for n, (result, scores) in enumerate(zip(results, values)):
+        if several:
+            pen.text((n * width + 196, top - 30), result["run"], "black", anchor="lm")
+        draw_map(pen, n * width, top, result, (scores - low) / max(high - low, 1e-9))
+    picture.save(file, "PNG")
+
+
+def draw_map(pen, left, top, result, shade):
+    """One of them, its corner at (left, top); shade (layers, levels) is 0 to 1; the best place is framed."""
+    for j, t in enumerate(result["levels"]):
+        pen.text((left + 240 + 92 * j, top), f"t = {t}", "black", anchor="mm")
+    if "sigmas" in result:                                  # not in results of before there were four paths
+        pen.text((left + 180, top + 28), "noise / signal", "black", anchor="rm")
+        for j, sigma in enumerate(result["sigmas"]):
+            pen.text((left + 240 + 92 * j, top + 28), f"{sigma:.3f}", "black", anchor="mm")
     for i, name in enumerate(result["layers"]):
         z = " (z)" if name == result["bottleneck"] else ""
-        pen.text((180, 190 + 40 * i), name + z, "black", anchor="rm")
+        pen.text((left + 180, top + 72 + 40 * i), name + z, "black", anchor="rm")
         for j, t in enumerate(result["levels"]):
-            x, y = 240 + 92 * j, 190 + 40 * i               # the cell's middle
+            x, y = left + 240 + 92 * j, top + 72 + 40 * i   # the cell's middle
             best = name == result["best"]["layer"] and t == result["best"]["t"]
             colour = 255, int(250 - 110 * shade[i, j]), int(240 - 200 * shade[i, j])
             pen.rectangle((x - 44, y - 18, x + 44, y + 18), colour, "red" if best else None, 4)
-            pen.text((x, y), f"{values[i, j]:.1f}", "black", anchor="mm")
-    picture.save(file, "PNG")
+            pen.text((x, y), f"{100 * result['held_out'][i][j]:.1f}", "black", anchor="mm")
 
 
 def draw_curves(results, file):
@@ -562,18 +574,19 @@ def read_result(path, run):
 
 
 def compare(args):
-    """--compare: reads the results of probed runs, draws their layer curves beside those of the first."""
+    """--compare: reads the results of probed runs, draws their curves and maps beside those of the first."""
     results = [read_result(Path(run, stem(args) + ".json"), run) for run in args.compare]
     for what in ALIKE:
         known = sorted({str(result[what]) for result in results})
         require(len(known) == 1,
                 f"these runs were probed with different {what}, {', '.join(known)}: probe them alike, "
                 "and compare with the same --data.")
-    path = Path(args.compare[0], stem(args) + "-compare.png")
-    save_file(path, lambda file: draw_curves(results, file))
+    curves, maps = (Path(args.compare[0], f"{stem(args)}-compare{what}.png") for what in ("", "-maps"))
+    save_file(curves, lambda file: draw_curves(results, file))
+    save_file(maps, lambda file: draw_maps(results, file))
     for result in results:
         say(summary(result))
-    say(f"curves: {path}")
+    say(f"curves: {curves}; maps: {maps}")
 
 
 def load_parts(spec, state, args, device):
@@ -631,7 +644,7 @@ def probe_run(args):
     result.update(study(source, train, test, K, args.t, args))
     picture = path.with_suffix(".png")
     write_result(result, path, loaded, stale=picture)
-    try_to("draw the map", lambda: save_file(picture, lambda file: draw_map(result, file)))
+    try_to("draw the map", lambda: save_file(picture, lambda file: draw_maps([result], file)))
     say(table(result))
     say(summary(result))
     if args.knn:

@@ -300,7 +300,7 @@ def test_no_picture_beside_other_numbers(old_run, monkeypatch, program):
     module, flags = (probe, "--t 10") if program == "probe" else (sample, "--npz -n 1 --steps 1")
     name = "probe" if program == "probe" else "samples"
     (old_run / f"{name}.png").write_text("old")
-    monkeypatch.setattr(module, "draw_map" if program == "probe" else "save_grid", stop)
+    monkeypatch.setattr(module, "draw_maps" if program == "probe" else "save_grid", stop)
     with pytest.raises(KeyboardInterrupt):
         module.main([str(old_run), "--device", "cpu", *flags.split()])
     assert not (old_run / f"{name}.png").exists()

@@ -606,7 +606,7 @@ def test_pictures(tmp_path, monkeypatch, result):
     texts, write = {}, ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, words, *more, **how:
                         texts.update({xy: words}) or write(self, xy, words, *more, **how))
-    image = drawn(probe.draw_map, result, tmp_path / "map.png")
+    image = drawn(probe.draw_maps, [result], tmp_path / "map.png")
     above = [texts[240 + 92 * j, y] for y in (118, 146) for j in range(len(result["levels"]))]
     assert above == [f"t = {t}" for t in result["levels"]] + [f"{sigma:.3f}" for sigma in result["sigmas"]]
     y, x = near(image, (255, 0, 0))
@@ -626,6 +626,24 @@ def test_pictures(tmp_path, monkeypatch, result):
     assert rows == 1 or (first[0] > last[0] + 99 and first[1] < last[1] - 99)
 
 
+def test_maps(tmp_path):
+    """Maps side by side are each that of a run alone, but for the colours, which have one scale."""
+    high, low = made(run="high"), made(run="low", best=dict(made()["best"], t=made()["levels"][0]))
+    low["held_out"] = [[value / 2 for value in row] for row in low["held_out"]]
+    both = drawn(probe.draw_maps, [high, low], tmp_path / "both.png")
+    y, x = near(both, (255, 0, 0))
+    left, right = x[x < both.shape[1] / 2], x[x > both.shape[1] / 2]
+    columns = len(high["levels"])
+    assert np.ptp(left) == np.ptp(right) == 88
+    assert right.min() - left.min() == both.shape[1] / 2 - 92 * (columns - 1)
+    blue = both[y.min() + 6, [left.min() + 6, left.min() + 6 + both.shape[1] // 2], 2]
+    assert blue[0] < 60 < 100 < blue[1], "half as high is paler"
+    alone = drawn(probe.draw_maps, [high], tmp_path / "alone.png")
+    height, width = alone.shape[0] - 110, both.shape[1] // 2                 # below the headings
+    words = [(image[-height:, :width] < 40).all(2) for image in (alone, both)]
+    assert words[0].sum() > 1000 and (words[0] == words[1]).all()
+
+
 def write(folder, result, name="probe"):
     """A result as that of a run in this folder -> the folder, as a word of a command."""
     folder.mkdir(exist_ok=True)
@@ -634,21 +652,23 @@ def write(folder, result, name="probe"):
 
 
 def test_compare(tmp_path, capsys):
-    """--compare draws the curves of all runs as probe-compare.png in the first one's folder, and no more."""
+    """--compare draws curves and maps of all runs, two pictures in the first one's folder, and no more."""
     lower = [[value - 0.1 for value in row] for row in made()["held_out"]]
     results = dict(A=made(run="A"), B=made(run="B", held_out=lower), C=made(7, run="C"))
     del results["C"]["sigmas"]                      # as in results of before there were four paths
     runs = {name: write(tmp_path / name, result) for name, result in results.items()}
     for names in ("BA", "ABC"):
         probe.main(["--compare", *(runs[name] for name in names)])
-        file = tmp_path / names[0] / "probe-compare.png"
+        file, maps = (tmp_path / names[0] / f"probe-compare{what}.png" for what in ("", "-maps"))
         out = capsys.readouterr().out.splitlines()
-        assert out == [*(probe.summary(results[name]) for name in names), f"curves: {file}"]
+        assert out == [*(probe.summary(results[name]) for name in names), f"curves: {file}; maps: {maps}"]
+        assert Image.open(maps).width == len(names) * (210 + 92 * len(made()["levels"]))
         image, top = np.array(Image.open(file)).astype(int), 100 + 36 * len(names)   # below the heading
         heights = {name: near(image[top:top + 450], list(bytes.fromhex(colour[1:])))[0].mean()
                    for name, colour in zip(names, probe.LINES)}
         assert heights["B"] > heights["A"] + 30, "A is better than B, so its curve is higher"
         file.unlink()
+        maps.unlink()
     write(tmp_path / "A", made(metric="miou"), "probe-segment-voc")
     probe.main(["--compare", runs["A"], "--task", "segment", "--data", "voc"])
     assert (tmp_path / "A/probe-segment-voc-compare.png").exists()

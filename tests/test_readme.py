@@ -144,7 +144,7 @@ def files_of_probe(flags):
         if not (folder / "probe.json").exists():
             probe.main([str(folder), *few])
     probe.main(flags)
-    return folders[0], [f"{stem}-compare.png"]
+    return folders[0], [f"{stem}-compare.png", f"{stem}-compare-maps.png"]
 
 
 @pytest.mark.parametrize("words", RUN, ids=" ".join)
