@@ -510,7 +510,7 @@ def draw_maps(results, file):
     picture, pen = canvas(width * len(results), top + 72 + 40 * max(map(len, values)), heading)
     for n, (result, scores) in enumerate(zip(results, values)):
         if several:
-            pen.text((n * width + 196, top - 30), result["run"], "black", anchor="lm")
+            pen.text((n * width + 196, top - 30), f"{result['run']}", "black", anchor="lm")
         draw_map(pen, n * width, top, result, (scores - low) / max(high - low, 1e-9))
     picture.save(file, "PNG")
 
@@ -564,7 +564,8 @@ def read_result(path, run):
             f"{path} does not exist: make it with python probe.py {run}, and the same --task and --data.")
     try:
         result = json.loads(path.read_text())
-        draw_curves([result], io.BytesIO())                 # what is odd shows here
+        for draw in (draw_curves, draw_maps):               # what is odd shows here
+            draw([result], io.BytesIO())
         scores = sum(result["held_out"], [result["test"][result["metric"]]])
         right = all(0 <= value <= 1 for value in scores) and result["test_images"] > 0
         require(right and all(name in result for name in ALIKE), "a score that cannot be")
