@@ -21,11 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import TensorDataset
 
 from diffusion import SAMPLERS
-from train import (GUIDANCE, Parser, add_source, check_source, check_writable, command, compile_parts, finite,
-                   load_data, load_source, moments_of, pick_autocast, progress, require, save_file, save_grid,
-                   say, seeded_noise, setup, to_pixels, to_uint8, vae_of, whole_number)
+from train import (GUIDANCE, Parser, UserError, add_source, check_source, check_writable, command,
+                   compile_parts, finite, load_data, load_source, moments_of, pick_autocast, progress,
+                   require, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8, vae_of,
+                   whole_number)
 
-COMPILE_FROM = 10_000            # images of a GPU: from here on compiling saves more time than it takes
+COMPILE_FROM = 10_000            # images per GPU: here compiling pays, at the latest the second time
 
 
 def parse(argv):
@@ -102,16 +103,19 @@ def draw(args, state, net, diffusion, device, ids, indices, trace=None):
                                 randn=lambda like: next_noise().to(device), trace=trace)
 
 
-def draw_share(args, state, net, diffusion, device, ids, decode, rank, world):
-    """The images rank, rank + world, ... of all --count -> uint8, or latents that could not be decoded."""
-    mine = list(range(args.count))[rank::world]
-    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    images = [torch.empty(0, dtype=torch.uint8)]
+def draw_share(paint, n, size, rank, world):
+    """The images rank, rank + world, ... of all n, size at a time -> uint8, or latents that stay latents.
+
+    paint(indices) draws some.
+    """
+    mine = range(rank, n, world)
+    parts = [mine[i:i + size] for i in range(0, len(mine), size)]
+    images = []
     for part in progress(parts, "batches", delay=1):
-        # a last batch that is smaller would be compiled anew
-        with torch.compiler.set_stance("default" if len(part) == args.batch_size else "force_eager"):
-            images.append(decode(draw(args, state, net, diffusion, device, ids, part)))
-    return torch.cat(images[1:] or images)
+        whole = len(part) == len(parts[0])          # a last batch that is smaller would be compiled anew
+        with torch.compiler.set_stance("default" if whole else "force_eager"):
+            images.append(paint(part))
+    return torch.cat(images) if images else torch.empty(0, dtype=torch.uint8)
 
 
 def collect(images, n, rank, world):
@@ -128,9 +132,9 @@ def collect(images, n, rank, world):
     return images
 
 
-def evenly(trace, columns=10):
-    """So many steps of a trace, or all where there are fewer; with the first and the last."""
-    columns = min(columns, len(trace))
+def evenly(trace):
+    """Ten steps of a trace, or all where there are fewer; with the first and the last."""
+    columns = min(10, len(trace))
     return [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
 
 
@@ -173,9 +177,9 @@ def fid(images, real, weights, device):
                                     cuda=device.type == "cuda", feature_extractor_weights_path=weights)
     except Exception as e:                          # no network, a proxy, a file that is something else ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        require(False, f"FID could not be computed ({why}): if the Inception weights "
-                       "could not be downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the "
-                       "releases of github.com/toshas/torch-fidelity and name it with --fid-weights.")
+        raise UserError(f"FID could not be computed ({why}): if the Inception weights could not be "
+                        "downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the releases of "
+                        "github.com/toshas/torch-fidelity and name it with --fid-weights.")
     return metrics["frechet_inception_distance"]
 
 
@@ -184,7 +188,7 @@ def check(args, state, diffusion, ids):
     try:
         usual = diffusion.default_steps(args.sampler)
     except ValueError as e:
-        require(False, str(e))
+        raise UserError(str(e))
     if args.steps is None:
         args.steps = usual
     if args.guidance is None:
@@ -197,8 +201,8 @@ def check(args, state, diffusion, ids):
             "with your images.")
 
 
-def compile_pays(args, device, world):
-    """--compile or --no-compile; without either, many images on a GPU are worth it. Raises UserError."""
+def to_compile(args, device, world):
+    """Is the network compiled? Where the flags do not say, for many images on a GPU. Raises UserError."""
     usable = device.type != "cuda" or torch.utils._triton.has_triton()
     if args.compile is None:
         return device.type == "cuda" and usable and args.count >= COMPILE_FROM * world
@@ -229,6 +233,7 @@ def main(argv=None):
     check_writable(run)
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
     check(args, state, diffusion, ids)
+    compiled = to_compile(args, device, world)
     whose = "public weights"
     if not args.weights:
         whose = f"EMA at {state['images']:,} images"
@@ -251,14 +256,14 @@ def main(argv=None):
     # what is compared with is loaded before hours of sampling
     skip_bad = cfg.skip_bad or args.skip_bad
     real = load_data(cfg.data, "train", cfg.image_size, skip_bad).images if args.fid else None
-    if compile_pays(args, device, world):
+    if compiled:
         torch.backends.cudnn.benchmark = True
         compile_parts(net)
 
-    def decode(x):
-        x = to_pixels(x, moments, vae)
+    def paint(indices):
+        x = to_pixels(draw(args, state, net, diffusion, device, ids, indices), moments, vae)
         return to_uint8(x) if pixels else finite(x).cpu()
-    images = draw_share(args, state, net, diffusion, device, ids, decode, rank, world)
+    images = draw_share(paint, args.count, args.batch_size, rank, world)
     images = collect(images, args.count, rank, world)
     if rank > 0:
         return
