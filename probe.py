@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from train import (LAYOUT, VERSIONS, Data, Parser, add_source, build, check_source, check_writable, command,
-                   load_data, load_source, mix, moments_of, pick_autocast, progress, require, save_file, say,
-                   setup, to_x0, try_to, whole_number)
+from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_source, check_writable,
+                   command, load_data, load_source, mix, moments_of, pick_autocast, progress, require,
+                   save_file, say, setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
@@ -107,8 +107,8 @@ def load_voc(split, size):
     try:
         found = VOCSegmentation("data", "2012", part, download=missing)
     except (OSError, RuntimeError) as e:
-        require(False, f"voc is not in ./data and could not be downloaded ({e}): go online (or delete "
-                       "data/VOCdevkit, if it is damaged), or use --data shapes:full (built in).")
+        raise UserError(f"voc is not in ./data and could not be downloaded ({e}): go online (or delete "
+                        "data/VOCdevkit, if it is damaged), or use --data shapes:full (built in).")
     files = progress(found.images, f"decoding {split}", unit="img", delay=1)
     images = [read_fitted(file, size, Image.Resampling.BICUBIC, "RGB") for file in files]
     masks = [read_fitted(file, size, Image.Resampling.NEAREST) for file in found.masks]
@@ -229,16 +229,14 @@ def collect(source, part, levels, args, layers=None):
     """What probes learn from -> {(layer, t): features (N, D) float32}, targets (N,); on the device."""
     pixels = max(1, PIXELS // len(part.images))             # of each image, to segment
     views = range(1, args.augment + 1) if args.augment else [0]
-    found, y = defaultdict(list), []
+    found, y = defaultdict(list), defaultdict(list)
     for view in views:
         for layer, t, h, targets in extract(source, part, levels, args, layers, view, pixels, True):
             found[layer, t].append(h)
-            first = next(iter(found))
-            if (layer, t) == first:                         # the same at all places
-                y.append(targets)
+            y[layer, t].append(targets)
     # pop: what has been joined is not kept twice
     features = {place: torch.cat(found.pop(place)) for place in list(found)}
-    return features, torch.cat(y)
+    return features, torch.cat(next(iter(y.values())))      # targets are the same at all places
 
 
 # --- the solver ---
@@ -506,31 +504,37 @@ def draw_maps(results, file):
     heading = [(what, "black"), *((summary(result), "black") for result in results)]
     values = [np.array(result["held_out"]) for result in results]
     low, high = min(map(np.min, values)), max(map(np.max, values))
-    width, top = 210 + 92 * len(first["levels"]), 82 + 36 * (len(results) + several)
-    picture, pen = canvas(width * len(results), top + 72 + 40 * max(map(len, values)), heading)
+    width, top = NAMES + COLUMN * len(first["levels"]) + 16, 60 + 36 * (len(results) + several)
+    picture, pen = canvas(width * len(results), top + 94 + ROW * max(map(len, values)), heading)
     for n, (result, scores) in enumerate(zip(results, values)):
         if several:
-            pen.text((n * width + 196, top - 30), f"{result['run']}", "black", anchor="lm")
+            pen.text((n * width + NAMES, top - 8), f"{result['run']}", "black", anchor="lm")
         draw_map(pen, n * width, top, result, (scores - low) / max(high - low, 1e-9))
     picture.save(file, "PNG")
 
 
+NAMES, COLUMN, ROW = 194, 92, 40          # of a map, in pixels: where its columns begin, how wide, how high
+
+
 def draw_map(pen, left, top, result, shade):
     """One of them, its corner at (left, top); shade (layers, levels) is 0 to 1; the best place is framed."""
-    for j, t in enumerate(result["levels"]):
-        pen.text((left + 240 + 92 * j, top), f"t = {t}", "black", anchor="mm")
+    columns = [left + NAMES + COLUMN * (j + 0.5) for j in range(len(result["levels"]))]     # their middles
+    rows = [top + 74 + ROW * (i + 0.5) for i in range(len(result["layers"]))]
+    end = left + NAMES - 14                                 # of the names
+    for x, t in zip(columns, result["levels"]):
+        pen.text((x, top + 22), f"t = {t}", "black", anchor="mm")
     if "sigmas" in result:                                  # not in results of before there were four paths
-        pen.text((left + 180, top + 28), "noise / signal", "black", anchor="rm")
-        for j, sigma in enumerate(result["sigmas"]):
-            pen.text((left + 240 + 92 * j, top + 28), f"{sigma:.3f}", "black", anchor="mm")
-    for i, name in enumerate(result["layers"]):
+        pen.text((end, top + 50), "noise / signal", "black", anchor="rm")
+        for x, sigma in zip(columns, result["sigmas"]):
+            pen.text((x, top + 50), f"{sigma:.3f}", "black", anchor="mm")
+    for i, (y, name) in enumerate(zip(rows, result["layers"])):
         z = " (z)" if name == result["bottleneck"] else ""
-        pen.text((left + 180, top + 72 + 40 * i), name + z, "black", anchor="rm")
-        for j, t in enumerate(result["levels"]):
-            x, y = left + 240 + 92 * j, top + 72 + 40 * i   # the cell's middle
+        pen.text((end, y), name + z, "black", anchor="rm")
+        for j, (x, t) in enumerate(zip(columns, result["levels"])):
             best = name == result["best"]["layer"] and t == result["best"]["t"]
             colour = 255, int(250 - 110 * shade[i, j]), int(240 - 200 * shade[i, j])
-            pen.rectangle((x - 44, y - 18, x + 44, y + 18), colour, "red" if best else None, 4)
+            frame = x - COLUMN / 2 + 2, y - ROW / 2 + 2, x + COLUMN / 2 - 2, y + ROW / 2 - 2
+            pen.rectangle(frame, colour, "red" if best else None, 4)
             pen.text((x, y), f"{100 * result['held_out'][i][j]:.1f}", "black", anchor="mm")
 
 
@@ -564,18 +568,18 @@ def read_result(path, run):
             f"{path} does not exist: make it with python probe.py {run}, and the same --task and --data.")
     try:
         result = json.loads(path.read_text())
-        for draw in (draw_curves, draw_maps):               # what is odd shows here
+        for draw in (draw_curves, draw_maps):               # what a picture needs and lacks fails here
             draw([result], io.BytesIO())
         scores = sum(result["held_out"], [result["test"][result["metric"]]])
         right = all(0 <= value <= 1 for value in scores) and result["test_images"] > 0
         require(right and all(name in result for name in ALIKE), "a score that cannot be")
     except Exception as e:
-        require(False, f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
+        raise UserError(f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
     return result
 
 
 def compare(args):
-    """--compare: reads the results of probed runs, draws their curves and maps beside those of the first."""
+    """--compare: reads results of probed runs, draws their curves and maps into the folder of the first."""
     results = [read_result(Path(run, stem(args) + ".json"), run) for run in args.compare]
     for what in ALIKE:
         known = sorted({str(result[what]) for result in results})

@@ -252,7 +252,7 @@ def test_features(folders, run):
     if run == "flow":
         a, s = {10: 0.99, 300: 0.7}, {10: 0.01, 300: 0.3}
     else:
-        _, a, s = GaussianDiffusion(schedule=cfg.schedule).path.tables.double()
+        a, s = GaussianDiffusion(schedule=cfg.schedule).path.tables.double()
     y = torch.full((6,), K) if run != "free" else None
     expected = {}
     for t, noise in zip([10, 300], noises, strict=True):
