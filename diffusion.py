@@ -68,20 +68,13 @@ class Table(Path):
 
     def __init__(self, abar):
         super().__init__(len(abar))
-        self.tables = torch.stack([abar, abar.sqrt(), (1 - abar).sqrt()]).float()
+        self.tables = torch.stack([abar.sqrt(), (1 - abar).sqrt()]).float()
         self.sigmas = ((1 - abar) / abar).sqrt()
 
-    def look_up(self, t):
-        """abar, its root and that of 1 - abar, each (B,)."""
-        self.tables = self.tables.to(t.device)
-        return self.tables[:, t]
-
     def coefficients(self, t):
-        _, a, s = self.look_up(t)
+        self.tables = self.tables.to(t.device)
+        a, s = self.tables[:, t]
         return a, s, -s, a
-
-    def abar(self, t):
-        return self.look_up(t)[0]
 
     def draw(self, n, **on):
         return torch.randint(self.T, (n,), **on)

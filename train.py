@@ -141,7 +141,7 @@ class Config:
     resume: bool = flag(False, "continue the run in --out, with its flags; start fresh where it has none")
     seed: int = flag(0, "of weights, batches and noise [0]")
     batch_size: int = flag(256, "images a step, over all processes together [256]")
-    micro_batch: int = flag(None, "images a forward pass and process: less memory, same result [all]")
+    micro_batch: int = flag(None, "images per forward pass and process, for less memory [all]")
     lr: float = flag(2e-4, "learning rate of AdamW [2e-4]")
     warmup: int = flag(50_000, "images over which the rate rises from 0 [50,000]")
     decay: int = flag(None, "images by which the rate has fallen linearly to 1 %% of --lr [never]")
@@ -186,8 +186,9 @@ def default_image_size(cfg):
 
 def tiny_recipe(cfg):
     """The flags of a tiny network, where they are not given by hand."""
-    some = Path(resolve(cfg.data).removeprefix("folder:"), "train")
-    classes = len(classes_in(some)) > 1 or not cfg.data.startswith(("folder:", "latents:"))
+    classes = not cfg.data.startswith("latents:")
+    if cfg.data.startswith("folder:"):
+        classes = len(classes_in(Path(resolve(cfg.data).removeprefix("folder:"), "train"))) > 1
     return dict(TINY, conditional=classes, decay=TINY_IMAGES[cfg.model])
 
 
@@ -771,7 +772,6 @@ def find_latents(spec, size, name, stamp):
     places = [Path("data", f"{spec.replace(':', '-')}-{label}")]
     if spec.startswith("folder:"):
         root = folder_of(spec)
-        require(root.is_dir(), f"{root} is no folder: name one that holds images.")
         places = [root.with_name(f"{root.name}-{label}"), Path("data", f"{root.name}-{label}")]
     for place in places:
         with suppress(Exception):                   # not there, or not whole
@@ -904,8 +904,8 @@ def load_latents(root, split):
 
 # --- device and run tools -----------------------------------------------------------------------------------
 
-# gather, everywhere, in_every_process and from_first: all processes must come to each such call, in the same
-# order. What may fail in one of them alone is work for in_every_process, so that all of them end with it.
+# gather, everywhere, same_everywhere, in_every_process and from_first: all processes must come to each such
+# call, in the same order. What may fail in one of them alone is work for in_every_process, so that all end.
 
 WORLD = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]       # what torchrun sets
 
@@ -923,7 +923,7 @@ def is_one_of_many():
     return True
 
 
-def setup(name=None):
+def setup(name):
     """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     usable = [kind for kind in there if there[kind]]
@@ -1121,7 +1121,8 @@ def mix(*numbers):
     """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike.
 
     Who draws from what: (seed) the first weights; (seed, step, 0) which images; (seed, step, 1) t, noise,
-    flips, dropped labels; (seed, step, 0, 1) the teacher's view; (seed, step, 2 + rank) dropout.
+    flips, dropped labels; (seed, step, 0, 1) the teacher's view; (seed, step, 2 + rank) dropout. Zeros at the
+    end do not count.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -1267,10 +1268,10 @@ PUBLIC_SCALE = 0.18215      # by which the public networks of latents multiply t
 ADDED = ("proj.", "projector.")                     # what they do not have
 
 
-def some(names, most=3):
-    """The first names of a list, for a sentence."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def first_three(names):
+    """Those of a list, for a sentence."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def read_public(cfg):
@@ -1307,7 +1308,7 @@ def load_public(cfg, net, weights):
     other = [f"{name} {tuple(w.shape)}, not {shapes[name]}" for name, w in weights.items()
              if name in shapes and w.shape != shapes[name]]
     kinds = {"missing": lost, "left over": extra, "of another shape": other}
-    faults = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
+    faults = [f"{kind}: {first_three(names)}" for kind, names in kinds.items() if names]
     require(not faults, f"{cfg.init} does not fit --model {cfg.model} --size {cfg.size} for images of "
                         f"{net.image_size} x {net.image_size} ({'; '.join(faults)}): correct these flags.")
     for name, table in buffers.items():
@@ -1339,7 +1340,7 @@ def load_weights(args, device):
     cfg.conditional = K > 0
     net, diffusion = build(cfg, shape, K, device)
     load_public(cfg, net, weights)
-    state = dict(path=cfg.init, config=cfg, images=None, shape=shape, num_classes=K, latents=meta,
+    state = dict(config=cfg, images=None, shape=shape, num_classes=K, latents=meta,
                  classes=[str(k) for k in range(K)])
     return state, net.eval().requires_grad_(False), diffusion
 
@@ -1399,7 +1400,7 @@ class Batches:
         self.ahead = {}                             # step -> what the pool fetches for it
 
     def fetch(self, step):
-        """Images and labels of this process as they are stored, drawn without replacement."""
+        """Images and labels of this process as they are stored; each step draws anew, none twice."""
         B = self.cfg.batch_size
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
         N = len(self.labels)                        # fewer than B: each is there several times
@@ -1433,7 +1434,8 @@ class Batches:
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
         if self.moments is None:
             x0 = torch.where(flip, x0.flip(3), x0)
-        return x0, t, noise, torch.where(drop, self.K, y) if self.cfg.conditional else None
+        y = torch.where(drop, self.K, y) if self.cfg.conditional else None
+        return x0, t, noise, y
 
     def noisy_view(self, x0, step):
         """Another view of each image, with a little noise: x_t, t. A function of (seed, step) as well."""
@@ -1487,7 +1489,7 @@ class Run:
     def __post_init__(self):
         self.weights = list(self.net.parameters())               # once: to walk a network takes milliseconds
         self.averages = list(self.ema.parameters())
-        # the functions of these names below; on a GPU their CUDA graphs
+        # the functions of these names below; make_fast puts CUDA graphs in their place
         self.forward_backward = functools.partial(forward_backward, self)
         self.keys_of = functools.partial(keys_of, self)
 
@@ -1546,21 +1548,21 @@ def compile_parts(net):
         part.compile(dynamic=False)                 # else for any width, which is slower
 
 
-def capture(step, *inputs):
-    """step(*inputs), of tensors whose shapes stay the same, or None, as a CUDA graph: launched all at once.
+def capture(work, *inputs):
+    """Records work(*inputs) as a CUDA graph -> a function like work, which launches all its kernels at once.
 
-    -> a function like step; what it returns lies at the same place each time.
+    Inputs are tensors, whose shapes stay, or None. What it returns is overwritten by the next call.
     """
     inputs = [None if x is None else x.clone() for x in inputs]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):                          # compiles, and chooses the fastest kernels
-            step(*inputs)
+            work(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     # thread_local: others may fetch data and watch NCCL meanwhile
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = step(*inputs)
+        result = work(*inputs)
 
     def replay(*new):
         for x, value in zip(inputs, new):
@@ -1572,7 +1574,7 @@ def capture(step, *inputs):
 
 
 def make_fast(run):
-    """Compiled blocks, and CUDA graphs of a step's passes.
+    """Compiled parts; the teacher's pass, and forward with backward pass, as one CUDA graph each.
 
     A step has up to 2,000 kernels, more than the host launches in time; a graph launches them all.
     """
@@ -1590,7 +1592,7 @@ def make_fast(run):
 
 
 def learning_rate(cfg, images):
-    """Rises over --warmup, then falls linearly to 1 % at --decay, if that is given."""
+    """--lr times a rise over --warmup, times a fall from the start to 1 % at --decay, if that is given."""
     rise = min(1, images / cfg.warmup)
     fall = max(1 - images / cfg.decay, 0.01) if cfg.decay else 1
     return cfg.lr * rise * fall
@@ -1608,7 +1610,7 @@ def update_ema(run):
     """ema <- beta ema + (1 - beta) net; its half-life, in images, ramps up (EDM, arXiv 2206.00364, F.2)."""
     cfg = run.cfg
     beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * run.images))
-    torch._foreach_lerp_(run.averages, run.weights, 1 - beta)
+    torch._foreach_lerp_(run.averages, run.weights, 1 - beta)    # one launch for all weights
 
 
 def keys_of(run, view, t):
@@ -1620,7 +1622,7 @@ def keys_of(run, view, t):
 def all_keys(run, x0, step):
     """What the teacher says of another view of each image of the whole batch -> (B, 128)."""
     if distill_weight(run.cfg, run.images) == 0:                 # then the teacher costs nothing
-        return torch.zeros(run.cfg.batch_size, 128, device=run.device)
+        return torch.zeros(run.cfg.batch_size, 128, device=run.device)       # a graph wants keys
     keys = run.keys_of(*run.batches.noisy_view(x0, step))
     if run.world == 1:
         return keys
@@ -1637,12 +1639,12 @@ def distillation_loss(run, z, t, keys, i):
     return (run.diffusion.path.abar(t) * each).sum() / run.share
 
 
-def forward_backward(run, x0, t, noise, y, keys=None, weight=None):
+def forward_backward(run, x0, t, noise, y, keys, weight):
     """Puts the gradients of this process's share of a batch into w.grad -> its two mean losses, (2,).
 
     The second is the distillation's, with keys (B, 128), the teacher's of the whole batch, and a weight ().
     """
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad()                       # to None: backward makes them anew, in a graph's memory
     losses = torch.zeros(2, device=run.device)
     for i in range(0, run.share, run.micro):
         part = slice(i, i + run.micro)
@@ -1652,8 +1654,8 @@ def forward_backward(run, x0, t, noise, y, keys=None, weight=None):
             out, z = run.net(x_t, t[part], labels, return_z=True)
             denoising = run.diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
             loss, distillation = denoising, torch.zeros_like(denoising)
-            if keys is not None:                    # at weight 0 they say nothing
-                distillation = (weight > 0) * distillation_loss(run, z, t[part], keys, i)
+            if keys is not None:
+                distillation = distillation_loss(run, z, t[part], keys, i)
                 loss = denoising + weight * distillation
         run.scaler.scale(loss).backward()
         losses += torch.stack([denoising, distillation]).detach()
@@ -1661,12 +1663,13 @@ def forward_backward(run, x0, t, noise, y, keys=None, weight=None):
 
 
 def average_gradients(weights, world):
-    """Over all processes, in one message."""
-    flat = torch.cat([w.grad.flatten() for w in weights])
+    """The mean over all processes, by one all_reduce instead of one per weight."""
+    grads = [w.grad for w in weights if w.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= world
-    for w, grad in zip(weights, flat.split([w.numel() for w in weights])):
-        w.grad.copy_(grad.view_as(w))
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))              # in place: a graph writes there again
 
 
 def train_step(run, step):
@@ -1674,6 +1677,7 @@ def train_step(run, step):
     x0, t, noise, y = run.batches(step)
     keys = weight = None
     if run.cfg.distill:
+        # a tensor: of a number a graph would keep the value at its capture
         weight = torch.full((), distill_weight(run.cfg, run.images), device=run.device)
         keys = all_keys(run, x0, step)
     torch.manual_seed(mix(run.cfg.seed, step, 2 + run.rank))     # dropout follows (seed, step) too
@@ -1703,8 +1707,8 @@ def save(run, path):
     losses = finite_means(run, path)
     if run.rank > 0:
         return
-    state = dict(step=run.images // run.cfg.batch_size, images=run.images, config=resolved(run.cfg),
-                 model=run.net.state_dict(), ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
+    state = dict(images=run.images, config=resolved(run.cfg), model=run.net.state_dict(),
+                 ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=[x * run.meter.steps for x in losses],
                  loss_count=run.meter.steps, shape=list(run.data.images.shape[1:]),
                  num_classes=run.num_classes, classes=run.data.classes, counts=counts_of(run.data),
@@ -1733,8 +1737,7 @@ def draw(run, vae, path):
     y = torch.arange(columns, device=run.device).repeat(8)
     parts = []
     size = run.cfg.micro_batch or len(y)
-    eager = torch.compiler.set_stance("force_eager")             # this batch would be compiled anew
-    with run.autocast(), eager:
+    with run.autocast():
         for x, classes in zip(noise.split(size), y.split(size)):
             parts.append(run.diffusion.sample(run.ema, x, classes if K else None, null=K,
                                               guidance=GUIDANCE if K else 1.0, clip=vae is None))
@@ -1743,32 +1746,40 @@ def draw(run, vae, path):
 
 
 def start_log(run, out, resumed):
-    """Writes config.json and the first line of log.jsonl, or keeps the records up to the checkpoint."""
+    """Writes config.json and log.jsonl: its first line, or what it has up to the checkpoint."""
     if run.rank > 0:
         return
-    config = asdict(run.cfg)
-    save_file(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    commit = ""
-    with suppress(OSError):                         # git is not there
-        commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-    device = f"{run.world} x {run.device} {chip(run.device)}"
-    head = dict(config=config, parameters=run.parameters, device=device, versions=VERSIONS, commit=commit)
-    lines = [json.dumps(head)]
+    config = json.dumps(asdict(run.cfg), indent=2)
+    save_file(out / "config.json", lambda file: file.write(config.encode()))
     log = out / "log.jsonl"
     if log.exists() and not resumed:
         kept = next(p for n in range(1, 1000) if not (p := out / f"log.jsonl.{n}").exists())
         os.replace(log, kept)
         say(f"{out} has a log but no checkpoint: starting anew, the old log is {kept}")
-    if resumed and log.exists():
-        whole = re.compile(r'^(?:{"images": (\d+), .*}|{"config": .*})$', re.M)
-        whole = whole.finditer(log.read_text(errors="replace"))
-        lines = [line[0] for line in whole if int(line[1] or 0) <= run.images]
+    lines = whole_lines(log, run.images) if log.exists() else [json.dumps(log_head(run))]
     text = "".join(line + "\n" for line in lines)
     save_file(log, lambda file: file.write(text.encode()))
     for part in out.glob("*.part"):                 # of a run that was killed
         with suppress(OSError):
             part.unlink()
+
+
+def log_head(run):
+    """The first line of log.jsonl."""
+    commit = ""
+    with suppress(OSError):                         # git is not there
+        commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    device = f"{run.world} x {run.device} {chip(run.device)}"
+    return dict(config=asdict(run.cfg), parameters=run.parameters, device=device, versions=VERSIONS,
+                commit=commit)
+
+
+def whole_lines(log, images):
+    """Lines of log.jsonl that were written to their end: heads, and records up to so many images."""
+    line = re.compile(r'^(?:{"images": (\d+), .*}|{"config": .*})$', re.M)
+    found = line.finditer(log.read_text(errors="replace"))
+    return [match[0] for match in found if int(match[1] or 0) <= images]
 
 
 def chip(device):
@@ -1861,6 +1872,37 @@ def check_data(cfg, data, state):
 
 # --- the loop -----------------------------------------------------------------------------------------------
 
+def advance(run):
+    """One step of training: rate, gradients, weights, average -> the rate."""
+    lr = learning_rate(run.cfg, run.images)
+    run.optimizer.param_groups[0]["lr"] = lr
+    train_step(run, step=run.images // run.cfg.batch_size)
+    run.images += run.cfg.batch_size
+    update_ema(run)
+    return lr
+
+
+def loop(run, out, vae, begun, bar):
+    """Trains until the budget is spent, or a signal to stop has come -> its number, or 0."""
+    asked = collect_stops()
+    spent, signalled = stop_requested(run, begun, asked)
+    while not (spent or signalled):
+        lr = advance(run)
+        bar.update(run.cfg.batch_size)
+        spent, signalled = stop_requested(run, begun, asked)
+        over = spent or signalled                   # then train saves and draws
+        full = run.meter.steps == LOG_STEPS
+        if full or over:
+            log(run, out, lr, begun, bar)
+        if full:
+            run.meter = Meter(run.device, run.images)
+        if has_passed(run, run.cfg.sample_every) and not over:
+            try_to("draw samples", lambda: draw(run, vae, out / f"samples-{run.images}.png"))
+        if has_passed(run, run.cfg.save_every) and not over:
+            save(run, out / "checkpoint.pt")
+    return signalled
+
+
 def train(cfg):
     out = Path(cfg.out)
     path = out / "checkpoint.pt"
@@ -1869,9 +1911,10 @@ def train(cfg):
     # whatever can be wrong is found before anything is written
     state = None
     if cfg.resume:
-        same_everywhere(path.exists(), f"{path} is not there on every machine: copy it, or share a drive.")
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
-    check_start(cfg, out, world, state)
+        same_everywhere(state and [state["images"], state["loss_sums"]],
+                        f"{path} is not the same on every machine: copy it, or share a drive.")
+    in_every_process(lambda: check_start(cfg, out, world, state))
     weights = None
     if cfg.init and not state:                      # a checkpoint has weights of its own
         weights = in_every_process(lambda: read_public(cfg))
@@ -1893,28 +1936,9 @@ def train(cfg):
 
     begun = time.time()
     run.meter.time = begun
-    asked = collect_stops()
     start = run.images
-    bar = progress(total=cfg.images, initial=start, unit="img", unit_scale=True)
-    spent, signalled = stop_requested(run, begun, asked)
-    while not (spent or signalled):
-        lr = learning_rate(cfg, run.images)
-        run.optimizer.param_groups[0]["lr"] = lr
-        train_step(run, step=run.images // cfg.batch_size)
-        run.images += cfg.batch_size
-        update_ema(run)
-        bar.update(cfg.batch_size)
-        spent, signalled = stop_requested(run, begun, asked)
-        over = spent or signalled                   # then it is saved and drawn below
-        if run.meter.steps == LOG_STEPS or over:
-            log(run, out, lr, begun, bar)
-        if run.meter.steps == LOG_STEPS:
-            run.meter = Meter(device, run.images)
-        if has_passed(run, cfg.sample_every) and not over:
-            try_to("draw samples", lambda: draw(run, vae, out / f"samples-{run.images}.png"))
-        if has_passed(run, cfg.save_every) and not over:
-            save(run, path)
-    bar.close()
+    with progress(total=cfg.images, initial=start, unit="img", unit_scale=True) as bar:
+        signalled = loop(run, out, vae, begun, bar)
 
     if run.images > start or not state:
         save(run, path)

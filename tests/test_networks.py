@@ -262,10 +262,11 @@ def test_forward(name, kwargs, early, late, D, h):
 def test_encode_stops_early(name):
     """encode runs no layer behind z."""
     net = build(name)
-    log = watch(*net.blocks, net.proj)
+    blocks = [m for m in net.modules() if isinstance(m, MODULES[name].Block)]
+    log = watch(*blocks, net.proj)
     net.encode(*inputs(net))
     n = {"unet": 4, "uvit": 3, "dit": 2}[name]
-    assert [m for m, _, _ in log] == [*net.blocks][:n]
+    assert [m for m, _, _ in log] == blocks[:n]
 
 
 # --- z ---
@@ -495,7 +496,8 @@ def test_uvit_block():
 @pytest.mark.parametrize("index, attends", [(0, False), (1, True), (2, True), (3, False)])
 def test_unet_block(index, attends):
     """A UNet block is norm, SiLU, conv, + c, norm, SiLU, conv, + input, then attention where it has any."""
-    block = perturb(build("unet")).blocks[index]            # in_1, in_2 (32 -> 64), both of mid
+    net = perturb(build("unet"))
+    block = [net.down[0][0], net.down[1][0], *net.mid][index]                # in_1, in_2 (32 -> 64), mid
     x, c = torch.randn(2, block.conv1.in_channels, 4, 4), torch.randn(2, 128)
     h = block.conv1(F.silu(block.norm1(x))) + block.embed(F.silu(c))[:, :, None, None]
     h = block.conv2(F.silu(block.norm2(h)))

@@ -38,10 +38,7 @@ def ready(flags=""):
 def steps(run, n=1):
     """n steps of the loop, without what it writes -> the Run."""
     for _ in range(n):
-        run.optimizer.param_groups[0]["lr"] = train.learning_rate(run.cfg, run.images)
-        train.train_step(run, run.images // run.cfg.batch_size)
-        run.images += run.cfg.batch_size
-        train.update_ema(run)
+        train.advance(run)
     return run
 
 
@@ -584,7 +581,7 @@ def test_run_folder(tmp_path, capsys, flags):
     target, path = cfg["target"], train.load_run(out, CPU)[2].path
     assert target == ("eps" if "eps" in flags else "v") and path.sigma(torch.tensor([500])).item() == (
         pytest.approx({"linear": 3.44, "cosine": 1.01, "edm": 0.5, "flow": 1}[cfg["schedule"]], abs=0.01))
-    assert state["step"] == 22 and state["images"] == 352 and state["classes"] == list(train.SHAPES)
+    assert state["images"] == 352 and state["classes"] == list(train.SHAPES)
     assert state["shape"] == [3, 8, 8] and state["num_classes"] == 10
 
     head, rest = log(out)

@@ -110,6 +110,18 @@ def stopped_in_fork(flags):
     train.main(flags)
 
 
+def few_latents(root, n):
+    """A folder of n latents (4, 8, 8) of two classes."""
+    (root / "train").mkdir(parents=True)
+    meta = dict(vae="nowhere", image_size=64, classes=["a", "b"], shape=[4, 8, 8],
+                mean=[0.1, 0.2, 0.3, 0.4], std=[1.0, 1.1, 1.2, 1.3])
+    (root / "meta.json").write_text(json.dumps(meta))
+    z = np.random.default_rng(0).normal(size=(2, n, 4, 8, 8))
+    np.save(root / "train/latents.npy", z.astype(np.float16))
+    np.save(root / "train/labels.npy", np.arange(n) % 2)
+    return root
+
+
 def on_two_disks(folders, flags):
     """The processes of a run as on two machines that share no drive; the first alone has CIFAR."""
     rank = int(os.environ["RANK"])
@@ -122,7 +134,9 @@ def on_two_disks(folders, flags):
 
 @pytest.mark.parametrize("case, words", [
     ("the same photos", []), ("a photo less", ["photos", "other files", "another machine"]),
-    ("no checkpoint", ["checkpoint.pt", "every machine"]), ("no cifar10", ["cifar10", "not in ./data"])])
+    ("no checkpoint", ["checkpoint.pt", "every machine"]), ("an old checkpoint", ["checkpoint.pt", "same"]),
+    ("a file in the run", ["run", "not empty"]), ("no cifar10", ["cifar10", "not in ./data"]),
+    ("fewer latents", ["latents", "another machine"])])
 def test_two_disks(tmp_path, photos, case, words):
     """Machines that share no drive: equal data is enough; what differs ends both with one sentence."""
     disks = [tmp_path / "first", tmp_path / "second"]
@@ -131,9 +145,20 @@ def test_two_disks(tmp_path, photos, case, words):
     flags = argv("run", f"{MOVES} --data folder:photos --images 64")
     if case == "a photo less":
         next(disks[1].glob("photos/train/*/*")).unlink()
-    if case == "no checkpoint":
-        run(disks[0] / "run", f"{MOVES} --data folder:{disks[0]}/photos --images 32")
+    if "checkpoint" in case:
+        first = f"{MOVES} --data folder:{disks[0]}/photos --images 32"
+        run(disks[0] / "run", first)
+        if "old" in case:
+            shutil.copytree(disks[0] / "run", disks[1] / "run")
+            run(disks[0] / "run", f"{first} --images 48 --resume")
         flags += ["--resume"]
+    if case == "a file in the run":
+        (disks[1] / "run").mkdir()
+        (disks[1] / "run/notes.txt").write_text("mine")
+    if case == "fewer latents":
+        few_latents(disks[0] / "latents", 20)
+        few_latents(disks[1] / "latents", 18)
+        flags = argv("run", "--data latents:latents")
     if case == "no cifar10":
         flags = argv("run", "--data cifar10")
     before = [tree(disk) for disk in disks]
@@ -466,14 +491,8 @@ def test_bad_checkpoint(tmp_path, monkeypatch, capsys, old_run, what):
 def test_odd_latents(tmp_path, monkeypatch, capsys, small, n):
     """So with the files of a folder of latents."""
     monkeypatch.setattr(train, "vae_of", lambda meta, device: None)          # nothing is looked for online
-    root, rng, ended = tmp_path / "latents", random.Random(n), []
-    (root / "train").mkdir(parents=True)
-    meta = dict(vae=str(tmp_path / "none"), image_size=64, classes=["a", "b"], shape=[4, 8, 8],
-                mean=[0.1, 0.2, 0.3, 0.4], std=[1.0, 1.1, 1.2, 1.3])
-    (root / "meta.json").write_text(json.dumps(meta))
-    z = np.random.default_rng(0).normal(size=(2, 20, 4, 8, 8))
-    np.save(root / "train/latents.npy", z.astype(np.float16))
-    np.save(root / "train/labels.npy", np.arange(20) % 2)
+    root, rng, ended = few_latents(tmp_path / "latents", 20), random.Random(n), []
+    meta = json.loads((root / "meta.json").read_text())
     files = {path: path.read_bytes() for path in root.rglob("*.*")}
     for k in range(n):
         for path, content in files.items():

@@ -30,19 +30,12 @@ def random_data(size):
     return train.Data(images, torch.arange(IMAGES) % CLASSES, None, [str(k) for k in range(CLASSES)])
 
 
-def step(run):
-    train.train_step(run, run.images // run.cfg.batch_size)
-    run.images += run.cfg.batch_size
-    train.update_ema(run)
-
-
 def flops(run):
     """Of a forward and a backward pass, an image."""
     x0, t, noise, y = run.batches(0)
     some = [x0[:1], t[:1], noise[:1], None if y is None else y[:1]]
     net = run.ema.requires_grad_()
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, run.autocast():
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, run.autocast():
         run.diffusion.loss(net, *some).sum().backward()
     return counter.get_total_flops()
 
@@ -53,7 +46,7 @@ def measure(run):
     for record in range(RECORDS):
         begun = time.time()
         for k in range(STEPS):
-            step(run)
+            train.advance(run)
             if record == 0 and k == 0:
                 run.meter.means()                                  # waits for the device
                 ready = time.time() - START
