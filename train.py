@@ -1019,6 +1019,7 @@ def command(body):
                 if signal.getsignal(number) != handler:
                     signal.signal(number, handler)
             if dist.is_initialized():
+                time.sleep(0.1)         # gloo's threads need the GIL once more: destroying holds it for good
                 dist.destroy_process_group()
                 patient_group.cache_clear()
     return main

@@ -758,7 +758,7 @@ def test_bad_input_of_two_processes(tmp_path, photos):
 
 def own_clocks(flags):
     pace = (1, 1000)[int(os.environ["RANK"])]
-    train.time = SimpleNamespace(time=lambda: time.time() * pace)
+    train.time = SimpleNamespace(time=lambda: time.time() * pace, sleep=time.sleep)
     train.main(flags)
 
 
