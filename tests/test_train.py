@@ -397,6 +397,19 @@ def test_batch_contents(noise_data, schedule):
 
 # --- the loop ---
 
+def test_logged_losses(tmp_path, monkeypatch):
+    """A record has the mean of both losses over the steps since the last one, not the last step's."""
+    records = {}
+    for every in (1, 3):
+        monkeypatch.setattr(train, "LOG_STEPS", every)
+        run(tmp_path / f"{every}", f"{MOVES} --images 96 --distill 0.5")
+        records[every] = log(tmp_path / f"{every}")[1]
+    for name in ("loss", "distill"):
+        single = np.array([r[name] for r in records[1]]).reshape(2, 3)
+        assert [r[name] for r in records[3]] == pytest.approx(single.mean(1), rel=1e-5)
+        assert (single.std(1) > 1e-3 * single.mean(1)).all()
+
+
 def test_ema_in_the_loop(tmp_path, monkeypatch):
     """The checkpoint's EMA is the average of the weights after each step, begun at the first ones."""
     seen, update = [], train.update_ema
