@@ -397,6 +397,16 @@ def test_batch_contents(noise_data, schedule):
 
 # --- the loop ---
 
+def test_dropout_of_processes(monkeypatch):
+    """Each process draws dropout of its own, and that of a step again when the step comes again."""
+    run, seeds = ready(""), []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for rank in (0, 1, 0):
+        run.rank = rank
+        train.train_step(run, 3)
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
 def test_logged_losses(tmp_path, monkeypatch):
     """A record has the mean of both losses over the steps since the last one, not the last step's."""
     records = {}
