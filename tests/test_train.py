@@ -397,6 +397,15 @@ def test_batch_contents(noise_data, schedule):
 
 # --- the loop ---
 
+def test_scaled_gradients():
+    """In fp16 the loss is scaled, and the gradients that are clipped are those of fp32 again."""
+    runs = [steps(ready(f"--precision {name}")) for name in ("fp16", "fp32")]
+    assert runs[0].scaler.get_scale() > 1000 and not runs[1].scaler.is_enabled()
+    found, expected = (torch.cat([w.grad.flatten() for w in run.weights]) for run in runs)
+    assert 0.1 < expected.norm() < 1.01 * train.CLIP
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_dropout_of_processes(monkeypatch):
     """Each process draws dropout of its own, and that of a step again when the step comes again."""
     run, seeds = ready(""), []
