@@ -636,6 +636,9 @@ def test_maps(tmp_path):
     columns = len(high["levels"])
     assert np.ptp(left) == np.ptp(right) == 88
     assert right.min() - left.min() == both.shape[1] / 2 - 92 * (columns - 1)
+    swapped = drawn(probe.draw_maps, [low, high], tmp_path / "swapped.png")[:, :both.shape[1] // 2]
+    y2, x2 = near(swapped, (255, 0, 0))
+    assert swapped[y2.min() + 6, x2.min() + 6, 2] > 100, "the scale is that of all, not of the first"
     blue = both[y.min() + 6, [left.min() + 6, left.min() + 6 + both.shape[1] // 2], 2]
     assert blue[0] < 60 < 100 < blue[1], "half as high is paler"
     alone = drawn(probe.draw_maps, [high], tmp_path / "alone.png")
