@@ -147,7 +147,7 @@ class DiT(nn.Module):
         "large": dict(dim=1024, depth=24, heads=16, patch=2),
         "xlarge": dict(dim=1152, depth=28, heads=16, patch=2),
     }
-    PUBLIC = [      # names in models.py of github.com/facebookresearch/DiT, and here
+    PUBLIC = [      # replaced in this order: names in models.py of github.com/facebookresearch/DiT, by ours
         ("x_embedder.proj.", "patch_embed."),
         ("pos_embed", "positions"),
         ("t_embedder.mlp.", "time_mlp."),

@@ -131,7 +131,7 @@ class UNet(nn.Module):
         "tiny": dict(dim=32, mults=(1, 2, 2), attention=(2,), blocks=1, dropout=0.0),
         "base": dict(dim=128, mults=(1, 2, 2, 2), attention=(1,), blocks=2, dropout=0.1),
     }
-    PUBLIC = [      # names in model/unet.py and block.py of github.com/FutureXiang/ddae, and here
+    PUBLIC = [      # replaced in this order: names in model/ of github.com/FutureXiang/ddae, by ours
         ("nn_model.image_proj.", "conv_in."),
         ("nn_model.time_emb.lin1.", "time_mlp.0."),
         ("nn_model.time_emb.lin2.", "time_mlp.2."),

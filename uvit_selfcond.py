@@ -117,7 +117,7 @@ class UViT(nn.Module):
         "small": dict(dim=512, depth=12, heads=8, patch=2),
         "small-4": dict(dim=512, depth=12, heads=8, patch=4),       # the original's for CelebA, 64 x 64
     }
-    PUBLIC = [      # names in libs/uvit.py of github.com/baofff/U-ViT, and here
+    PUBLIC = [      # replaced in this order: names in libs/uvit.py of github.com/baofff/U-ViT, by ours
         ("patch_embed.proj.", "patch_embed."),
         ("pos_embed", "positions"),
         ("label_emb.", "label_embed."),
@@ -183,7 +183,7 @@ class UViT(nn.Module):
         """What there is to compile, one by one."""
         return self.blocks
 
-    def to_map(self, x):
+    def patch_map(self, x):
         """All tokens (B, extras + N, D) -> feature map (B, D, h, w) of the patch tokens."""
         return to_map(x[:, self.extras:])
 
@@ -209,9 +209,9 @@ class UViT(nn.Module):
         for n, block in enumerate(self.in_blocks, 1):
             x = block(x)                                                     # (B, extras + N, D)
             skips.append(x)
-            feats[f"in_{n}"] = self.to_map(x)
+            feats[f"in_{n}"] = self.patch_map(x)
         x = self.mid_block(x)
-        feats["mid"] = self.to_map(x)
+        feats["mid"] = self.patch_map(x)
         c = x.new_zeros(x.shape[0], self.dim)
         return x, c, skips, feats
 
@@ -220,7 +220,7 @@ class UViT(nn.Module):
         for n, block in enumerate(self.out_blocks, 1):
             x = block(x, skips.pop(), c)                                     # (B, extras + N, D)
             if feats is not None:
-                feats[f"out_{n}"] = self.to_map(x)
+                feats[f"out_{n}"] = self.patch_map(x)
         x = self.linear_out(self.norm_out(x))[:, self.extras:]               # (B, N, p p C)
         return self.conv_out(unpatchify(x, self.patch))                      # (B, C, H, W)
 

@@ -70,7 +70,7 @@ UVIT_MANY = """nn.ModuleList(
                 nn.init.zeros_(proj[1].weight)
                 nn.init.zeros_(proj[1].bias)
 """
-UVIT_KEEP = '                feats[f"out_{n}"] = self.to_map(x)\n'
+UVIT_KEEP = '                feats[f"out_{n}"] = self.patch_map(x)\n'
 UNET_MID = "        for block in self.mid:\n"
 VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the default are not patched
     "unet": {
