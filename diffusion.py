@@ -76,6 +76,10 @@ class Table(Path):
         a, s = self.tables[:, t]
         return a, s, -s, a
 
+    def abar(self, t):
+        a, *_ = self.coefficients(t)
+        return a.square()
+
     def draw(self, n, **on):
         return torch.randint(self.T, (n,), **on)
 

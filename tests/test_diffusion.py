@@ -81,8 +81,7 @@ def test_schedule(schedule, data, T):
     expected = a, s, da, ds, 1 / (1 + (data * s / a) ** 2), data * s / a
     for found, values in zip((*path.coefficients(t), abar, sigma), expected):
         assert found.dtype == torch.float32 and found.shape == t.shape
-        quotient = found is sigma or found is abar              # of two of the others: rounded twice
-        assert error(found / values, torch.ones(len(t))) < precision * (2 if quotient else 1)
+        assert error(found / values, torch.ones(len(t))) < precision * (2 if found is sigma else 1)
     assert (abar.diff() < 0).all() and 0 < abar.min() and abar.max() < 1
     assert table or error([path.t_of(x) for x in sigma.tolist()], t) < 1e-6 * T
 
