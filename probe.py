@@ -444,6 +444,7 @@ def references(cfg, state, source, train, test, K, args):
 
 FONT = ImageFont.load_default(24)
 LINES = ["#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf"]
+NAMES, COLUMN, ROW = 194, 92, 40        # of a map, in pixels: where its columns begin, how wide, how high
 
 
 def stem(args):
@@ -511,9 +512,6 @@ def draw_maps(results, file):
             pen.text((n * width + NAMES, top - 8), f"{result['run']}", "black", anchor="lm")
         draw_map(pen, n * width, top, result, (scores - low) / max(high - low, 1e-9))
     picture.save(file, "PNG")
-
-
-NAMES, COLUMN, ROW = 194, 92, 40          # of a map, in pixels: where its columns begin, how wide, how high
 
 
 def draw_map(pen, left, top, result, shade):

@@ -305,7 +305,7 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
     """
     if spec.startswith("latents:"):
         data = load_latents(in_every_process(lambda: folder_of(spec)), split)
-        same_everywhere([data.meta, len(data.labels)],
+        same_everywhere(lambda: [data.meta, len(data.labels)],
                         f"{spec} is another on another machine: copy it anew, or share a drive.")
         side = data.images.shape[-1]
         require(image_size in (None, side), f"{spec} has latents of {side} x {side}, not of {image_size} x "
@@ -341,8 +341,8 @@ def open_cifar(name, split, download):
 
 def load_cifar(name, split):
     """CIFAR-10 or -100 from ./data, downloaded by the first process if it is not there. Raises UserError."""
-    from_first(lambda: bool(open_cifar(name, split, download=True)))
-    found = in_every_process(lambda: open_cifar(name, split, download=False))
+    first = in_every_process(lambda: open_cifar(name, split, download=True) if is_first() else None)
+    found = in_every_process(lambda: first or open_cifar(name, split, download=False))
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return Data(images, torch.tensor(found.targets), None, found.classes)
 
@@ -518,7 +518,7 @@ def read_cache(cache, stamp):
 def load_folder(root, split, size, skip_bad):
     """Decoded in parallel; kept in <root>-<split>-<size>px.npz beside the folder until its files change."""
     files, labels, classes = in_every_process(lambda: list_folder(root, split))
-    same_everywhere([str(path.relative_to(root)) for path in files],
+    same_everywhere(lambda: [str(path.relative_to(root)) for path in files],
                     f"{root} has other files on another machine: copy it anew, or share a drive.")
     stamp = stamp_of(root, files)
     cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
@@ -986,9 +986,10 @@ def in_every_process(work):
 
 
 def same_everywhere(value, message):
-    """Raises UserError where the machines, each with a disk of its own, differ in this value."""
-    digest = hashlib.sha256(repr(value).encode()).hexdigest()
-    require(all(other == digest for other in gather(digest)), message)
+    """Raises UserError where the machines, each with a disk of its own, differ in value()."""
+    if dist.is_initialized():                       # one process has nothing to compare, and a folder is long
+        digest = hashlib.sha256(repr(value()).encode()).hexdigest()
+        require(all(other == digest for other in gather(digest)), message)
 
 
 def from_first(work):
@@ -1495,6 +1496,11 @@ class Run:
         self.keys_of = functools.partial(keys_of, self)
 
     @property
+    def step(self):
+        """How many steps were taken, which is the number of the next one."""
+        return self.images // self.cfg.batch_size
+
+    @property
     def share(self):
         """Images of a step in this process."""
         return self.cfg.batch_size // self.world
@@ -1581,12 +1587,11 @@ def make_fast(run):
     """
     say("compiling: the first time it takes up to minutes, later it comes from a cache")
     compile_parts(run.net)
-    step = run.images // run.cfg.batch_size
-    x0, t, noise, y = run.batches(step)
+    x0, t, noise, y = run.batches(run.step)
     keys = weight = None
     if run.cfg.distill:
         run.ema.encode = torch.compile(run.ema.encode, dynamic=False)        # the teacher
-        run.keys_of = capture(run.keys_of, *run.batches.noisy_view(x0, step))
+        run.keys_of = capture(run.keys_of, *run.batches.noisy_view(x0, run.step))
         keys = torch.zeros(run.cfg.batch_size, 128, device=run.device)
         weight = torch.zeros((), device=run.device)
     run.forward_backward = capture(run.forward_backward, x0, t, noise, y, keys, weight)
@@ -1798,7 +1803,7 @@ def log(run, out, lr, begun, bar):
     record["images_per_second"] = round((run.images - run.meter.images) / (now - run.meter.time), 1)
     record["seconds"] = round(now - begun, 1)
     if run.scaler.is_enabled():                     # the steps it left out since the start
-        record["skipped"] = run.images // run.cfg.batch_size - steps_taken(run.optimizer)
+        record["skipped"] = run.step - steps_taken(run.optimizer)
     bar.set_postfix_str(f"loss {denoising:.4f}, {(now - begun) / 60:.1f} of {run.cfg.minutes or '-'} min")
     if bar.disable:                                 # no terminal: a line a record
         of = f" of {run.cfg.images:,}" if run.cfg.images else ""
@@ -1877,7 +1882,7 @@ def advance(run):
     """One step of training: rate, gradients, weights, average -> the rate."""
     lr = learning_rate(run.cfg, run.images)
     run.optimizer.param_groups[0]["lr"] = lr
-    train_step(run, step=run.images // run.cfg.batch_size)
+    train_step(run, run.step)
     run.images += run.cfg.batch_size
     update_ema(run)
     return lr
@@ -1913,7 +1918,7 @@ def train(cfg):
     state = None
     if cfg.resume:
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
-        same_everywhere(state and [state["images"], state["loss_sums"]],
+        same_everywhere(lambda: state and [state["images"], state["loss_sums"]],
                         f"{path} is not the same on every machine: copy it, or share a drive.")
     in_every_process(lambda: check_start(cfg, out, world, state))
     weights = None
