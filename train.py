@@ -937,6 +937,7 @@ def setup(name):
             raise OwnError(f"this process wants GPU {i}, and there are {count}: start {count} a machine.")
         device = torch.device(name, i)
         torch.cuda.set_device(device)
+        torch.set_num_threads(1)        # of the host, for small draws: many would wait for one another
     if many:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")

@@ -100,6 +100,7 @@ def network(name, variant):
         assert old in text, (variant, old)
         text = text.replace(old, new)
     module = types.ModuleType(f"{name}_variant")
+    sys.modules[module.__name__] = module           # the compiler looks for it there
     exec(compile(text, file, "exec"), module.__dict__)
     found = getattr(module, train.MODELS[name].__name__)
     found.SIZES = {"study": SIZES[name]}
