@@ -937,7 +937,6 @@ def setup(name):
             raise OwnError(f"this process wants GPU {i}, and there are {count}: start {count} a machine.")
         device = torch.device(name, i)
         torch.cuda.set_device(device)
-        torch.set_num_threads(1)        # of the host, for small draws: many would wait for one another
     if many:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
@@ -1526,6 +1525,8 @@ def prepare(cfg, data, device, rank=0, world=1, state=None, weights=None):
     torch.manual_seed(mix(cfg.seed))
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":                       # the host only draws: many threads wait for one another
+        torch.set_num_threads(1)
     num_classes = len(data.classes) if cfg.conditional else 0
     net, diffusion = build(cfg, data.images.shape[1:], num_classes, device)
     if weights:
