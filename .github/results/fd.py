@@ -11,6 +11,7 @@ To check: the 10,000 test images have 12.24 as samples, and 44.21 as JPEG of qua
 
     np.savez("test.npz", torchvision.datasets.CIFAR10("data", train=False, download=True).data)
 """
+import functools
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ BATCH = 25                                        # on a CPU larger ones are slo
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                     # of its training images
 
 
+@functools.cache
 def load_network(device):
     """EfficientNet-Lite0, trained on ImageNet. Raises UserError where its packages are missing."""
     try:
@@ -80,26 +82,36 @@ def frechet(one, other):
     return (shift @ shift + C1.trace() + C2.trace() - 2 * eigenvalues.sqrt().sum()).item()
 
 
+@functools.cache
+def reference(data, side, device):
+    """Moments of a data set's training images, side x side pixels, and how many these are."""
+    images = train.load_data(data, "train", side).images
+    return moments(features(load_network(device), images, device, data)), len(images)
+
+
+def distance(path, data, device):
+    """samples.npz, --data -> distance, numbers of samples and of training images. Raises UserError."""
+    samples = read(path)
+    known, real = reference(data, samples.shape[-1], device)
+    own = moments(features(load_network(device), samples, device, str(path)))
+    return frechet(own, known), len(samples), real
+
+
 @train.command
 def main(argv=None):
     parser = train.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("samples", nargs="+", help="of sample.py --npz, all of one image size")
+    parser.add_argument("samples", nargs="+", help="files that sample.py --npz has written")
     parser.add_argument("--data", default="cifar10", help="as of train.py, but no latents [cifar10]")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
     args = parser.parse_args(argv)
     train.require(not args.data.startswith("latents:"),
                   f"--data {args.data} has no pixels: name the images that they were made of.")
     device, _, _ = train.setup(args.device)
-    net = load_network(device)
-    samples = {path: read(path) for path in args.samples}
-    sides = sorted({images.shape[-1] for images in samples.values()})
-    train.require(len(sides) == 1, f"the samples have sides of {sides} pixels: compare one size at a time.")
-    real = train.load_data(args.data, "train", sides[0]).images
-    reference = moments(features(net, real, device, args.data))
-    for path, images in samples.items():
-        distance = frechet(moments(features(net, images, device, path)), reference)
-        train.say(f"{path}: FD {distance:.2f} (EfficientNet-Lite0, not Inception; {len(images):,} samples, "
-                  f"{len(real):,} images of {args.data})")
+    load_network(device)
+    for path in args.samples:
+        value, samples, real = distance(path, args.data, device)
+        train.say(f"{path}: FD {value:.2f} (EfficientNet-Lite0, not Inception; {samples:,} samples, "
+                  f"{real:,} images of {args.data})")
 
 
 if __name__ == "__main__":

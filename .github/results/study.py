@@ -3,10 +3,10 @@
     python .github/results/study.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
     python .github/results/study.py unet --variants baseline mid "mid distill 0.005" --size dim=128 dropout=0
 
-For every seed and variant: trains on the same images, draws 10,000 samples, probes; one JSON line each, in
-the end a table of all that --out holds (no --seeds: only the table). A variant is a few replaced lines of the
-network's file, below; "mid distill 0.02" trains mid with --distill 0.02, "mid distill 0.02 until 400000" with
---distill-images 400000 as well.
+For every seed and variant: trains on the same images, draws 10,000 samples, measures their distance as fd.py
+does (where its packages are installed), probes; one JSON line each, in the end a table of all that --out
+holds (no --seeds: only the table). A variant is a few replaced lines of the network's file, below; "mid
+distill 0.02" trains mid with --distill 0.02, "mid distill 0.02 until 400000" adds --distill-images 400000.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import claim   # noqa: E402
+import fd      # noqa: E402
 import probe   # noqa: E402
 import sample  # noqa: E402
 import train   # noqa: E402
@@ -111,8 +112,20 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def measure(args, name, variant, seed, judge=None):
-    """Trains, samples and probes -> dict; judge(samples.npz) -> a number, where there is one."""
+def distance(samples, data):
+    """samples.npz -> its distance by fd.py; None where that lacks its packages, said once."""
+    device, _, _ = train.setup(None)
+    try:
+        fd.load_network(device)
+    except train.UserError as e:
+        train.say_once(f"going on without distances: {e}")
+        return None
+    value, _, _ = fd.distance(samples, data, device)
+    return value
+
+
+def measure(args, name, variant, seed):
+    """Trains, samples, judges and probes -> dict."""
     run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
     kind, _, rest = variant.partition(" distill ")
     weight, _, until = rest.partition(" until ")
@@ -123,7 +136,7 @@ def measure(args, name, variant, seed, judge=None):
                 *["--no-self-cond"] * (kind == "baseline"), *["--distill", weight] * bool(weight),
                 *["--distill-images", until] * bool(until)])
     sample.main([str(run), *f"-n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
-    probe.main([str(run), *"--t 1 10 30 60 --batch-size 1000".split()])
+    probe.main([str(run), *"--t 10 30 60 100 200 --batch-size 1000 --knn".split()])
     result = json.loads((run / "probe.json").read_text())
     head, *records = read(run / "log.jsonl")
     last = records[-max(1, len(records) // 5):]            # the loss is the mean over the last fifth
@@ -131,8 +144,8 @@ def measure(args, name, variant, seed, judge=None):
                 images_per_second=statistics.median(r["images_per_second"] for r in records),
                 seconds=records[-1]["seconds"], parameters=head["parameters"],
                 loss=statistics.mean(r["loss"] for r in last), best=result["best"],
-                test=result["test"]["accuracy"], layers=result["layers"], held_out=result["held_out"],
-                distance=judge(run / "samples.npz") if judge else None)
+                test=result["test"]["accuracy"], knn=result["knn"], layers=result["layers"],
+                held_out=result["held_out"], distance=distance(run / "samples.npz", args.data))
 
 
 def table(records):
@@ -179,7 +192,7 @@ def difference(values, digits):
     return claim.cell(values, digits) if len(values) > 1 else f"{values[0]:+.{digits}f}"
 
 
-def main(argv=None, judge=None):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("network", choices=VARIANTS)
     parser.add_argument("--variants", nargs="+", help="some of them [all]")
@@ -198,7 +211,7 @@ def main(argv=None, judge=None):
         SIZES[args.network][name] = json.loads(value)
     for seed in args.seeds:
         for variant in args.variants or VARIANTS[args.network]:
-            record = measure(args, args.network, variant, seed, judge)
+            record = measure(args, args.network, variant, seed)
             with open(args.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
     print(table(read(args.out)))
