@@ -207,6 +207,19 @@ def photos(tmp_path_factory):
     return root
 
 
+def few_latents(root, classes, **parts):
+    """A folder of latents (4, 8, 8), mean 1 and deviation 5, so many of each part: train=20, test=10."""
+    rng = np.random.default_rng(0)
+    for split, n in parts.items():
+        (root / split).mkdir(parents=True)
+        np.save(root / split / "latents.npy", rng.normal(1, 5, (2, n, 4, 8, 8)).astype(np.float16))
+        np.save(root / split / "labels.npy", np.arange(n) % len(classes))
+    meta = dict(vae="nowhere", image_size=64, classes=list(classes), shape=[4, 8, 8], mean=[1.0] * 4,
+                std=[5.0] * 4)
+    (root / "meta.json").write_text(json.dumps(meta))
+    return root
+
+
 # --- processes of their own ---
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()

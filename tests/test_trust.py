@@ -26,8 +26,8 @@ from PIL import Image
 import probe
 import sample
 import train
-from conftest import (MOVES, ROOT, TORCHRUN, Fork, argv, assert_same_run, end, error, fork_two, load, log,
-                      losses, refused, run, run_two, start, train_in_fork, tree, wait_for)
+from conftest import (MOVES, ROOT, TORCHRUN, Fork, argv, assert_same_run, end, error, few_latents, fork_two,
+                      load, log, losses, refused, run, run_two, start, train_in_fork, tree, wait_for)
 
 pytestmark = pytest.mark.usefixtures("quick")
 slow = pytest.mark.slow
@@ -110,18 +110,6 @@ def stopped_in_fork(flags):
     train.main(flags)
 
 
-def few_latents(root, n):
-    """A folder of n latents (4, 8, 8) of two classes."""
-    (root / "train").mkdir(parents=True)
-    meta = dict(vae="nowhere", image_size=64, classes=["a", "b"], shape=[4, 8, 8],
-                mean=[0.1, 0.2, 0.3, 0.4], std=[1.0, 1.1, 1.2, 1.3])
-    (root / "meta.json").write_text(json.dumps(meta))
-    z = np.random.default_rng(0).normal(size=(2, n, 4, 8, 8))
-    np.save(root / "train/latents.npy", z.astype(np.float16))
-    np.save(root / "train/labels.npy", np.arange(n) % 2)
-    return root
-
-
 def on_two_disks(folders, flags):
     """The processes of a run as on two machines that share no drive; the first alone has CIFAR."""
     rank = int(os.environ["RANK"])
@@ -156,8 +144,8 @@ def test_two_disks(tmp_path, photos, case, words):
         (disks[1] / "run").mkdir()
         (disks[1] / "run/notes.txt").write_text("mine")
     if case == "fewer latents":
-        few_latents(disks[0] / "latents", 20)
-        few_latents(disks[1] / "latents", 18)
+        few_latents(disks[0] / "latents", "ab", train=20)
+        few_latents(disks[1] / "latents", "ab", train=18)
         flags = argv("run", "--data latents:latents")
     if case == "no cifar10":
         flags = argv("run", "--data cifar10")
@@ -491,7 +479,7 @@ def test_bad_checkpoint(tmp_path, monkeypatch, capsys, old_run, what):
 def test_odd_latents(tmp_path, monkeypatch, capsys, small, n):
     """So with the files of a folder of latents."""
     monkeypatch.setattr(train, "vae_of", lambda meta, device: None)          # nothing is looked for online
-    root, rng, ended = few_latents(tmp_path / "latents", 20), random.Random(n), []
+    root, rng, ended = few_latents(tmp_path / "latents", "ab", train=20), random.Random(n), []
     meta = json.loads((root / "meta.json").read_text())
     files = {path: path.read_bytes() for path in root.rglob("*.*")}
     for k in range(n):

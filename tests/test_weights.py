@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import probe
 import sample
 import train
-from conftest import CPU, argv, assert_same_run, error, load, refused, run, tree
+from conftest import CPU, argv, assert_same_run, error, few_latents, load, refused, run, tree
 from dit_selfcond import sincos_table
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -302,17 +302,9 @@ def no_vae(name, device):
 
 @pytest.fixture
 def latents(tmp_path, monkeypatch):
-    """A folder of latents (4, 8, 8), mean 1 and deviation 5, of 10 classes; their VAE is not there."""
+    """Latents of ten classes, whose VAE is not there."""
     monkeypatch.setattr(train, "load_vae", no_vae)
-    rng, root = np.random.default_rng(0), tmp_path / "latents"
-    for split, n in (("train", 40), ("test", 20)):
-        (root / split).mkdir(parents=True)
-        np.save(root / split / "latents.npy", rng.normal(1, 5, (2, n, 4, SIDE, SIDE)).astype(np.float16))
-        np.save(root / split / "labels.npy", np.arange(n) % K)
-    meta = dict(vae="nowhere", image_size=64, classes=list("abcdefghij"), shape=[4, SIDE, SIDE],
-                mean=[1.0] * 4, std=[5.0] * 4)
-    (root / "meta.json").write_text(json.dumps(meta))
-    return root
+    return few_latents(tmp_path / "latents", "abcdefghij", train=40, test=20)
 
 
 # --- a network from a file is the original ---
