@@ -36,9 +36,10 @@ def cell(differences, digits):
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def main():
-    print("| network | distance (lower is better) | probe accuracy, points |")
-    print("|---|---|---|")
+def rows():
+    """-> the lines of the table."""
+    yield "| network | distance (lower is better) | probe accuracy, points |"
+    yield "|---|---|---|"
     for title, network, variant in ROWS:
         lines = (HERE / f"pairs-{network}.jsonl").read_text().splitlines()
         runs = {}
@@ -51,8 +52,8 @@ def main():
             run, baseline = runs[variant, seed], runs["baseline", seed]
             distances.append(run["distance"] - baseline["distance"])
             points.append(100 * (run["test"] - baseline["test"]))
-        print(f"| {title} | {cell(distances, 2)} | {cell(points, 1)} |")
+        yield f"| {title} | {cell(distances, 2)} | {cell(points, 1)} |"
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(rows()))

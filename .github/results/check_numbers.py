@@ -1,0 +1,133 @@
+"""Makes the tables of the pages anew from the raw files behind them; fails where a page says something else.
+
+    python .github/results/check_numbers.py
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+import torch  # noqa: E402
+
+import claim  # noqa: E402
+import study  # noqa: E402
+import train  # noqa: E402
+
+FIRST = "../../README.md"             # the first page, from here
+TITLES = {"unet": "UNet", "uvit": "U-ViT", "dit": "DiT"}
+PEERS = {"unet": ("ddae", "DDAE", "fp16"), "uvit": ("uvit", "U-ViT", "fp16"), "dit": ("dit", "DiT", "TF32")}
+
+
+# --- speed.txt ---
+
+def number(pattern, text):
+    return float(re.search(pattern, text)[1].replace(",", ""))
+
+
+def bench_runs():
+    """What bench.py printed: command -> [dict(speed=, ms=, tflops=, share=, memory=, ready=), ...]."""
+    runs = {}
+    for block in (HERE / "speed.txt").read_text().split("=== ")[1:]:
+        command, _, said = block.partition("\n")
+        if "bench.py" in command:
+            run = dict(speed=number(r"([\d,]+) images/s", said), ms=number(r"([\d.]+) ms", said),
+                       tflops=number(r"([\d.]+) TFLOP/s", said), share=number(r"(\d+) % of", said),
+                       memory=number(r"([\d.]+) GB", said), ready=number(r"([\d.]+) s from", said))
+            runs.setdefault(command.replace(".github/results/", ""), []).append(run)
+    return runs
+
+
+def public_speeds():
+    """(name, batch) -> images/s of the public code."""
+    lines = re.findall(r"^{.*}$", (HERE / "speed.txt").read_text(), re.M)
+    return {(r["peer"], r["batch"]): r["images_per_s"] for r in map(json.loads, lines)}
+
+
+def starts(runs):
+    """Seconds to the first step: cold, and again where that was measured."""
+    return " / ".join(f"{run['ready']:.0f} s" for run in runs)
+
+
+def speed_rows():
+    """Speeds of a step, beside the public code's, and on several GPUs; of two runs the first one's."""
+    runs, public = bench_runs(), public_speeds()
+    for name, batch in (("unet", 128), ("unet", 512), ("uvit", 512), ("dit", 512)):
+        flags = f"{name} --batch-size {batch}"
+        both, (key, peer, kind) = runs[f"python bench.py --model {flags}"], PEERS[name]
+        run, theirs = both[0], public[key, batch]
+        speed, memory = f"{run['speed']:,.0f}", f"{run['memory']:.1f} GB"
+        times = f"{run['speed'] / theirs:.1f} x"
+        work = f"{run['ms']:.1f} | {run['tflops']:.0f}, {run['share']:.0f} %"
+        yield "speed.md", (f"| `{flags}` | {speed} | {work} | {memory} | {starts(both)} | "
+                           f"{theirs:,.0f} ({peer}, {kind}): {times} |")
+        if batch == 512:
+            title = f"{TITLES[name]} `{train.DEFAULT_SIZE[name]}`"
+            yield FIRST, f"| {title} | {speed} | {theirs:,.0f} ({peer}): {times} | {memory} | "
+        if name == "unet" and batch == 128:
+            yield FIRST, f"{starts(both)} (1)"
+            yield FIRST, f"{speed} images/s, {run['speed'] / theirs:.1f} times DDAE's"
+        if name != "unet":
+            yield FIRST, f"| {starts(both)} |"
+    speeds = [runs[f"torchrun --nproc_per_node={n} bench.py --model dit --batch-size {512 * n}"][0]["speed"]
+              for n in (1, 2, 4)]
+    two, four = speeds[1] / speeds[0], speeds[2] / speeds[0]
+    yield "speed.md", ", ".join(f"{speed:,.0f}" for speed in speeds) + f" images/s: {two:.2f} and {four:.2f}"
+    yield FIRST, f"{two:.2f} times as fast as one, four\n{four:.2f}."
+
+
+# --- the other tables ---
+
+def size_rows():
+    """How many parameters the networks have, and how many z adds."""
+    for name, network in train.MODELS.items():
+        counts = []
+        for self_cond in (False, True):
+            with torch.device("meta"):
+                net = network(self_cond=self_cond, **network.SIZES[train.DEFAULT_SIZE[name]])
+            counts.append(sum(p.numel() for p in net.parameters()))
+        baseline, ours = counts
+        yield FIRST, f"| {baseline / 1e6:.2f} M, +{100 * (ours / baseline - 1):.2f} % |"
+
+
+def path_rows():
+    """What both samplers made of each path, and the probe, at the first run that has one."""
+    probed = set()
+    for run in study.read(HERE / "paths.jsonl"):
+        for sampler in ("ddim", "heun"):
+            if run.get(sampler):
+                distances = run[sampler]
+                yield "paths.md", f"{distances['classifier']:.2f} / {distances['imagenet']:.3g}"
+        if run.get("probe") and (run["network"], run["schedule"]) not in probed:
+            probed.add((run["network"], run["schedule"]))
+            best, test = run["probe"]["best"], 100 * run["probe"]["test"]["accuracy"]
+            yield "paths.md", f"| {test:.1f} ({best['layer']}, {best['t']}, "
+            yield "paths.md", f"| {100 * run['probe']['knn']:.1f} |"
+
+
+def claim_rows():
+    for row in claim.rows():
+        yield FIRST, row
+
+
+def pair_rows():
+    for name in TITLES:
+        yield "results.md", study.table(study.read(HERE / f"pairs-{name}.jsonl"))
+
+
+def main():
+    wrong = 0
+    for rows in (claim_rows, size_rows, speed_rows, pair_rows, path_rows):
+        found = list(rows())                        # (page, what it has to say)
+        for page, text in found:
+            if text not in (HERE / page).read_text(encoding="utf-8"):
+                wrong += 1
+                print(f"{page} does not say: {text}")
+        print(f"{rows.__name__}: {len(found)} pieces")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
