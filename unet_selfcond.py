@@ -272,7 +272,10 @@ class UNet(nn.Module):
 
     @staticmethod
     def from_public(state):
-        """Checkpoint of the original -> state dict, of its EMA network, of a UNet with self_cond=False."""
+        """Checkpoint of the original -> state dict, of its EMA network, of a UNet with self_cond=False.
+
+        Of its DDPM: its EDM saves tensors of the same names, which say another thing and can't be told apart.
+        """
         start = "ema_model."
         state = {name[len(start):]: w for name, w in state["EMA"].items() if name.startswith(start)}
         for theirs, ours in UNet.PUBLIC:
