@@ -367,6 +367,20 @@ def test_batch_is_a_function_of_seed_and_step(noise_data, schedule):
         assert not any(map(torch.equal, batches(noise_data, f"{path} --seed {seed}")(3), first[3])), seed
 
 
+def test_where_the_data_lives(noise_data, monkeypatch):
+    """On a GPU the data goes to the device where it fills less than half of what is free; a flag decides."""
+    size, sent = noise_data.images.nbytes, []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: sent.append(device) or x)
+    for free, resident, expected in ((2 * size, None, False), (2 * size + 2, None, True), (0, True, True),
+                                     (9 * size, False, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 9 * size))
+        cfg, cuda = config(), torch.device("cuda")
+        cfg.resident = resident
+        found = train.Batches(noise_data, cfg, train.make_diffusion(cfg), cuda)
+        assert found.resident == bool(sent) == expected and set(sent) <= {cuda}
+        sent.clear()
+
+
 @each_path
 def test_batch_contents(noise_data, schedule):
     """x0 are images in [-1, 1], half of them flipped, a tenth of the labels dropped; t and noise are fair."""
