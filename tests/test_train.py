@@ -156,6 +156,20 @@ def test_shapes_stay(spec, areas, bright, bright_test):
     assert test.images.float().mean().item() == pytest.approx(bright_test, abs=0.02)
 
 
+@pytest.mark.pins
+def test_how_many_shapes(monkeypatch):
+    """50,000 to learn from, 5,000 others to test with."""
+    asked = []
+
+    def few(n, seed, size, full):
+        asked.append((n, seed))
+        return [None] * 4
+    monkeypatch.setattr(train, "draw_shapes", few)
+    for split in ("train", "test"):
+        train.load_data("shapes", split)
+    assert asked == [(50_000, 0), (5_000, 1)]
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_masks(size):
     """A mask is its image's class + 1 where the image is bright, 0 where it is dark."""
