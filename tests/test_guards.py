@@ -525,6 +525,13 @@ def test_grid_in_parts(tmp_path, monkeypatch):
     assert abs(a - b).max() <= 2
 
 
+def test_grid_of_many_classes(tmp_path):
+    """A grid has a column a class, ten at most."""
+    spec = folder(tmp_path / "photos", {f"train/{k:02}/1.png": "red" for k in range(12)})
+    run(tmp_path / "run", f"--images 16 --conditional --data {spec}")
+    assert Image.open(tmp_path / "run/samples-16.png").size == (10 * 68 + 4, 8 * 68 + 4)
+
+
 # --- the terminal ---
 
 def test_control_characters(capsys):

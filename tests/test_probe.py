@@ -619,6 +619,8 @@ def test_pictures(tmp_path, monkeypatch, result):
     def curves(**changes):
         return drawn(probe.draw_curves, [result | changes], tmp_path / "curves.png")
     plain = curves(bottleneck=None)
+    _, x = near(plain, (214, 39, 40))
+    assert rows == 1 or set(range(130, 1030)) <= set(x.tolist())             # a line leads from dot to dot
     others = [[0.1, row[-1], 0.2] for row in result["held_out"]]
     assert (curves(bottleneck=None, held_out=others) == plain).all()
     ends = [curves(bottleneck=result["layers"][n]) for n in (0, -1)]
