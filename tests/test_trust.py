@@ -445,6 +445,7 @@ BAD = {             # what a checkpoint becomes: bytes, or what torch saves; or 
     "weight": lambda state: state["model"].update({next(iter(state["model"])): torch.zeros(3)}),
     "weights": lambda state: state.update(model=[1]),
     "images": lambda state: state.update(images=-16),
+    "choice": lambda state: state["config"].update(precision="fp64"),
     "part of a batch": lambda state: state.update(images=17),
     "of another depth": lambda state: state["model"].popitem(),
     "latents": lambda state: state.update(latents={"vae": "a name"}),
