@@ -92,6 +92,15 @@ def size_rows():
         yield FIRST, f"| {baseline / 1e6:.2f} M, +{100 * (ours / baseline - 1):.2f} % |"
 
 
+def demo_rows():
+    """What the probe said of the demo's UNet, of the pixels and of an untrained network."""
+    result = json.loads((HERE / "probe-shapes.json").read_text())
+    own, pixels, untrained = (100 * r["test"]["accuracy"] for r in (
+        result, result["references"]["pixels"], result["references"]["untrained"]))
+    yield FIRST, f"scored once on the test set: {own:.1f} %."
+    yield FIRST, f"pixels reach {pixels:.1f} %, an untrained\nnetwork {untrained:.1f} %."
+
+
 def path_rows():
     """What both samplers made of each path, and the probe, at the first run that has one."""
     probed = set()
@@ -119,7 +128,7 @@ def pair_rows():
 
 def main():
     wrong = 0
-    for rows in (claim_rows, size_rows, speed_rows, pair_rows, path_rows):
+    for rows in (claim_rows, size_rows, speed_rows, demo_rows, pair_rows, path_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if text not in (HERE / page).read_text(encoding="utf-8"):
