@@ -78,14 +78,27 @@ def speed_rows():
     yield FIRST, f"{two:.2f} times as fast as one, four\n{four:.2f}."
 
 
+def slower(speed, plain, digits):
+    """-> what a page says of a cost, and its last words: the share alone."""
+    share = f"{100 * (plain / speed - 1):.{digits}f} %"
+    return f"{speed:,.0f} instead of {plain:,.0f} images/s: {share}", share
+
+
 def cost_rows():
-    """What the distillation costs of a step: of a UNet, and of a DiT of 14.5 M."""
+    """What z costs of a step, and the distillation: of a UNet, and of a DiT of 14.5 M."""
+    runs = bench_runs()
     forms = {r["variant"]: r["images_per_second"] for r in study.read(HERE / "unet-forms.jsonl")}
-    plain, distilled = forms["mid"], forms["mid distill 0.005"]
-    cost = f"{100 * (plain / distilled - 1):.0f} %"
-    yield "speed.md", f"{distilled:,.0f} instead of {plain:,.0f} images/s: {cost}"
-    yield FIRST, f"{cost} |\n| U-ViT"
-    runs, flags, size = bench_runs(), "--model dit --batch-size 128", "(small with dim 256, heads 4)"
+    said, z = slower(forms["mid"], forms["baseline"], 1)
+    yield "speed.md", said
+    said, distill = slower(forms["mid distill 0.005"], forms["mid"], 0)
+    yield "speed.md", said
+    yield FIRST, f" (1) | {z} | {distill} |"
+    for name in ("uvit", "dit"):
+        command = f"CUDA_VISIBLE_DEVICES=3 python bench.py --model {name} --batch-size 512"
+        said, z = slower(runs[command][0]["speed"], runs[f"{command} --no-self-cond"][0]["speed"], 1)
+        yield "speed.md", said
+        yield FIRST, f" s | {z} |"
+    flags, size = "--model dit --batch-size 128", "(small with dim 256, heads 4)"
     plain = runs[f"python bench.py {flags}   {size}"][0]["ms"]
     distilled = runs[f"python bench.py {flags} --distill 0.02   {size}"][0]["ms"]
     cost = f"{100 * (distilled / plain - 1):.0f} %"
