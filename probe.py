@@ -76,7 +76,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     require(bool(args.run or args.weights) != bool(args.compare),
             "give either the folder of a run, or --weights, or --compare and some.")
-    if not args.compare:
+    if args.compare:
+        require(not (args.model or args.size or args.image_size),
+                "--model, --size and --image-size are for --weights: leave them out, the runs know them.")
+    else:
         check_source(args)
     require(args.data != "voc" or args.task == "segment",
             "voc has no class per image: use --task segment.")
@@ -541,7 +544,7 @@ def draw_curves(results, file):
     what = f"{METRICS[results[0]['metric']]} of linear probes, held out (%), best t; large dot: z"
     heading = [(summary(result), colour) for result, colour in zip(results, cycle(LINES))]
     curves = [[100 * max(row) for row in result["held_out"]] for result in results]
-    ends = min(map(min, curves)) - 0.5, max(map(max, curves)) + 0.5
+    ends = max(min(map(min, curves)) - 0.5, 0), min(max(map(max, curves)) + 0.5, 100)
     right, bottom = 130 + max(900, 110 * len(curves[0])), 560 + 36 * len(results)
     picture, pen = canvas(right + 80, bottom + 30 + 30 * len(results), [(what, "black"), *heading])
     for value in np.linspace(*ends, 6):

@@ -626,6 +626,9 @@ def test_pictures(tmp_path, monkeypatch, result):
     ends = [curves(bottleneck=result["layers"][n]) for n in (0, -1)]
     first, last = (np.argwhere((image != plain).any(2)).mean(0) for image in ends)
     assert rows == 1 or (first[0] > last[0] + 99 and first[1] < last[1] - 99)
+    texts.clear()
+    curves(held_out=[[1.0] * columns] * rows)
+    assert max(float(words) for (x, _), words in texts.items() if x == 90) == 100, "no axis beyond 100 %"
 
 
 def test_maps(tmp_path):
@@ -836,6 +839,7 @@ def test_voc(run_probe, tmp_path, monkeypatch, offline, capsys):
     ("RUN --task segment --images 9", "9 10"), ("RUN --augment -1", "--augment -1"),
     ("RUN --seed -1", "--seed -1"), ("RUN --batch-size 0", "--batch-size 0"), ("RUN --nn 5", "--nn"),
     ("RUN --compare runs/A", "run --compare"), ("", "run --compare"),
+    ("--compare runs/A --size tiny", "--size --weights"),
     ("RUN --data cifar11", "cifar11"), ("RUN --device toaster", "toaster cpu"),
     ("empty", "empty/checkpoint.pt"),
     ("RUN --data folder:flat", "test"), ("RUN --data folder:one", "one class"),
