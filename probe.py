@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_source, check_writable,
-                   command, load_data, load_source, mix, moments_of, pick_autocast, progress, require,
-                   save_file, say, setup, to_x0, try_to, whole_number)
+from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_no_weights,
+                   check_source, check_writable, command, load_data, load_source, mix, moments_of,
+                   pick_autocast, progress, require, save_file, say, setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
@@ -77,8 +77,7 @@ def parse(argv):
     require(bool(args.run or args.weights) != bool(args.compare),
             "give either the folder of a run, or --weights, or --compare and some.")
     if args.compare:
-        require(not (args.model or args.size or args.image_size),
-                "--model, --size and --image-size are for --weights: leave them out, the runs know them.")
+        check_no_weights(args)
     else:
         check_source(args)
     require(args.data != "voc" or args.task == "segment",
