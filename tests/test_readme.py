@@ -445,6 +445,21 @@ def fd(monkeypatch):
     return importlib.import_module("fd")
 
 
+@pytest.fixture
+def coloured(fd, monkeypatch, tmp_path):
+    """Writes n photos of one colour each -> (n, side, side, 3) uint8; their colour is all that fd.py sees."""
+    monkeypatch.setattr(fd, "load_network", lambda device: SimpleNamespace(extract_features=lambda x: x))
+
+    def make(n, side, below):
+        colours = np.random.default_rng(0).integers(0, below, (n, 1, 1, 3), np.uint8)
+        images = colours.repeat(side, 1).repeat(side, 2)
+        (tmp_path / "photos").mkdir()
+        for i, pixels in enumerate(images):
+            Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+        return images
+    return make
+
+
 def test_fd_formula(fd):
     """Where a symmetric positive map leads from one set to the other, it is the mean squared way."""
     g = torch.Generator().manual_seed(0)
@@ -456,13 +471,9 @@ def test_fd_formula(fd):
         assert error(fd.frechet(fd.moments(a), fd.moments(b)), squared) < 1e-3
 
 
-def test_fd(fd, monkeypatch, tmp_path, capsys):
-    """fd.py compares samples with the training images; here of one colour each, which is their feature."""
-    monkeypatch.setattr(fd, "load_network", lambda device: SimpleNamespace(extract_features=lambda x: x))
-    images = np.random.default_rng(0).integers(0, 200, (30, 1, 1, 3), np.uint8).repeat(8, 1).repeat(8, 2)
-    (tmp_path / "photos").mkdir()
-    for i, pixels in enumerate(images):
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+def test_fd(fd, coloured, tmp_path, capsys):
+    """fd.py compares samples with the training images."""
+    images = coloured(30, side=8, below=200)
     np.savez(tmp_path / "same.npz", images[::-1])
     np.savez(tmp_path / "redder.npz", images + np.uint8([55, 0, 0]))
     fd.main([f"{tmp_path}/same.npz", f"{tmp_path}/redder.npz", f"--data=folder:{tmp_path}/photos"])
@@ -470,17 +481,16 @@ def test_fd(fd, monkeypatch, tmp_path, capsys):
     assert said["same"].lstrip("-") == "0.00" and said["redder"] == f"{(55 / 255 / 0.229) ** 2:.2f}"
 
 
-def test_neighbours(fd, monkeypatch, tmp_path):
+def test_neighbours(coloured, tmp_path, capsys):
     """neighbours.py puts beside each sample the training images of the nearest colours, the nearest first."""
-    monkeypatch.setattr(fd, "load_network", lambda device: SimpleNamespace(extract_features=lambda x: x))
-    images = np.random.default_rng(0).integers(0, 256, (9, 1, 1, 3), np.uint8).repeat(64, 1).repeat(64, 2)
-    (tmp_path / "photos").mkdir()
-    for i, pixels in enumerate(images):
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    images = coloured(9, side=64, below=256)
     np.savez(tmp_path / "samples.npz", images[::-1])
     file = tmp_path / "nearest.png"
     words = f"{tmp_path}/samples.npz -n 3 --data folder:{tmp_path}/photos --out {file}"
-    importlib.import_module("neighbours").main(words.split())
+    neighbours = importlib.import_module("neighbours")
+    with refused(capsys, "--count 0"):
+        neighbours.main([*words.split(), "-n", "0"])
+    neighbours.main(words.split())
     centres = np.asarray(Image.open(file), int)[36::68, 36::68]              # of tiles of 64 pixels, 4 apart
     assert centres.shape == (3, 8, 3) and (centres[:, 0] == images[::-1][:3, 0, 0]).all()
     colours = (centres / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

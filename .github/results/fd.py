@@ -95,17 +95,29 @@ def distance(samples, data, device, title):
     return frechet(moments(features(load_network(device), samples, device, title)), known), real
 
 
-@train.command
-def main(argv=None):
-    parser = train.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("samples", nargs="+", help="of sample.py --npz, all of one image size")
+def make_parser(doc):
+    """For a script that compares samples with images: its --data and --device."""
+    parser = train.Parser(description=doc.split("\n")[0])
     parser.add_argument("--data", default="cifar10", help="as of train.py, but no latents [cifar10]")
     parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def begin(args):
+    """These two flags -> device; the network is there. Raises UserError."""
     train.require(not args.data.startswith("latents:"),
                   f"--data {args.data} has no pixels: name the images that they were made of.")
     device, _, _ = train.setup(args.device)
     load_network(device)
+    return device
+
+
+@train.command
+def main(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("samples", nargs="+", help="of sample.py --npz, all of one image size")
+    args = parser.parse_args(argv)
+    device = begin(args)
     samples = {path: read(path) for path in args.samples}
     sides = sorted({images.shape[-1] for images in samples.values()})
     train.require(len(sides) == 1, f"the samples have sides of {sides} pixels: compare one size at a time.")

@@ -26,14 +26,13 @@ def nearest(samples, images, device):
 
 @train.command
 def main(argv=None):
-    parser = train.Parser(description=__doc__.split("\n")[0])
+    parser = fd.make_parser(__doc__)
     parser.add_argument("samples", help="of sample.py --npz")
     parser.add_argument("-n", "--count", type=train.whole_number, default=8, help="of the first samples [8]")
-    parser.add_argument("--data", default="cifar10", help="as of train.py, but no latents [cifar10]")
     parser.add_argument("--out", type=Path, default=Path("neighbours.png"))
-    parser.add_argument("--device", help="cuda, mps or cpu [the first of these that is there]")
     args = parser.parse_args(argv)
-    device, _, _ = train.setup(args.device)
+    train.require(args.count > 0, f"--count {args.count} is not possible: use 1 or more.")
+    device = fd.begin(args)
     samples = fd.read(args.samples)[:args.count]
     images = train.load_data(args.data, "train", samples.shape[-1]).images
     found = images[nearest(samples, images, device)]                         # (n, NEIGHBOURS, 3, H, W)

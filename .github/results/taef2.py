@@ -1,7 +1,7 @@
 """train.py, sample.py and probe.py on latents of TAEF2, FLUX.2's VAE in small, which diffusers lacks.
 
-    python .github/results/taef2.py train --model dit --data folder:tiny-imagenet --image-size 128 --vae taef2
-    python .github/results/taef2.py sample runs/dit-small-tiny-imagenet
+    python .github/results/taef2.py train --size small-1 --data folder:photos --image-size 128 --vae taef2
+    python .github/results/taef2.py sample runs/dit-small-1-photos
 
 The folder taef2 holds encoder.pt and decoder.pt, the TAEF2 of github.com/madebyollin/taesd as TorchScript:
 images (N, 3, H, W) in [0, 1] to latents (N, 32, H / 8, W / 8), and back.
@@ -21,14 +21,10 @@ import train  # noqa: E402
 PROGRAMS = {"train": train.main, "sample": sample.main, "probe": probe.main}
 
 
-class Config(dict):
-    in_channels = 3
-
-
 class TAEF2:
     """What train.py asks of a VAE of diffusers: config, device, encode(x).latents and decode(z).sample."""
 
-    config = Config(block_out_channels=[64] * 4)                             # three halvings: 8 pixels a side
+    config = SimpleNamespace(in_channels=3, get=dict(block_out_channels=[64] * 4).get)       # three halvings
 
     def __init__(self, folder, device):
         files = [Path(folder, "encoder.pt"), Path(folder, "decoder.pt")]
