@@ -145,6 +145,26 @@ def path_rows():
             yield "paths.md", f"| {100 * run['probe']['knn']:.1f} |"
 
 
+def form_rows():
+    """Forms of z on the original CIFAR-10: a row a form, in its cells a number a seed."""
+    runs = {}
+    for run in study.read(HERE / "forms.jsonl"):
+        path = run["flags"].split()[1]
+        rate = "falls" if "--decay" in run["flags"] else "stays"
+        runs.setdefault((run["network"], path, rate, run["variant"]), []).append(run)
+    for (name, path, rate, variant), same in runs.items():
+        cells = []
+        for found in (
+            [f"{run['distance']['classifier']:.2f}" for run in same],
+            [f"{run['distance']['imagenet']:.1f}" for run in same],
+            [f"{100 * run['test']:.1f}" for run in same if "test" in run],
+            [f"{100 * run['knn']:.1f}" for run in same if "knn" in run],
+            [f"{run['loss']:.4f}" for run in same],
+        ):
+            cells.append(", ".join(found))
+        yield "dead-ends.md", f"| {TITLES[name]} `{path}`, {rate} | {variant} | {' | '.join(cells)} |\n"
+
+
 def claim_rows():
     yield FIRST, claim.table()
 
@@ -156,7 +176,7 @@ def pair_rows():
 
 def main():
     wrong = 0
-    for rows in (claim_rows, size_rows, speed_rows, cost_rows, demo_rows, pair_rows, path_rows):
+    for rows in (claim_rows, size_rows, speed_rows, cost_rows, demo_rows, pair_rows, path_rows, form_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if text not in (HERE / page).read_text(encoding="utf-8"):
