@@ -107,6 +107,17 @@ def cost_rows():
     yield FIRST, f"{cost} (14.5 M)"
 
 
+def sampling_rows():
+    """How long 10,000 samples take: cold, with a filled cache, and without the compiler."""
+    text = (HERE / "speed.txt").read_text()
+    compiled, plain = [], []
+    for flags, seconds in re.findall(r"=== python sample.py RUN (.*)\n([\d.]+) s", text):
+        (plain if "--no-compile" in flags else compiled).append(float(seconds))
+    cold, *again = compiled
+    warm = " and ".join(f"{seconds:.0f}" for seconds in again)
+    yield "speed.md", f"{cold:.0f} s the first time, {warm} s then; {plain[0]:.0f} s with `--no-compile`"
+
+
 # --- the other tables ---
 
 def size_rows():
@@ -176,7 +187,8 @@ def pair_rows():
 
 def main():
     wrong = 0
-    for rows in (claim_rows, size_rows, speed_rows, cost_rows, demo_rows, pair_rows, path_rows, form_rows):
+    for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
+                 demo_rows, pair_rows, path_rows, form_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if text not in (HERE / page).read_text(encoding="utf-8"):
