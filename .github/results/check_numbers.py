@@ -27,11 +27,17 @@ def number(pattern, text):
     return float(re.search(pattern, text)[1].replace(",", ""))
 
 
+def commands():
+    """Each command of speed.txt, and what it said."""
+    for block in (HERE / "speed.txt").read_text().split("=== ")[1:]:
+        command, _, said = block.partition("\n")
+        yield command, said
+
+
 def bench_runs():
     """What bench.py printed: command -> [dict(speed=, ms=, tflops=, share=, memory=, ready=), ...]."""
     runs = {}
-    for block in (HERE / "speed.txt").read_text().split("=== ")[1:]:
-        command, _, said = block.partition("\n")
+    for command, said in commands():
         if "bench.py" in command:
             run = dict(speed=number(r"([\d,]+) images/s", said), ms=number(r"([\d.]+) ms", said),
                        tflops=number(r"([\d.]+) TFLOP/s", said), share=number(r"(\d+) % of", said),
@@ -69,8 +75,6 @@ def speed_rows():
         if name == "unet" and batch == 128:
             yield FIRST, f"{starts(both)} (1)"
             yield FIRST, f"{speed} images/s, {run['speed'] / theirs:.1f} times DDAE's"
-        if name != "unet":
-            yield FIRST, f"| {starts(both)} |"
     speeds = [runs[f"torchrun --nproc_per_node={n} bench.py --model dit --batch-size {512 * n}"][0]["speed"]
               for n in (1, 2, 4)]
     two, four = speeds[1] / speeds[0], speeds[2] / speeds[0]
@@ -109,13 +113,12 @@ def cost_rows():
 
 def sampling_rows():
     """How long 10,000 samples take: cold, with a filled cache, and without the compiler."""
-    text = (HERE / "speed.txt").read_text()
-    compiled, plain = [], []
-    for flags, seconds in re.findall(r"=== python sample.py RUN (.*)\n([\d.]+) s", text):
-        (plain if "--no-compile" in flags else compiled).append(float(seconds))
-    cold, *again = compiled
-    warm = " and ".join(f"{seconds:.0f}" for seconds in again)
-    yield "speed.md", f"{cold:.0f} s the first time, {warm} s then; {plain[0]:.0f} s with `--no-compile`"
+    times = [(number(r"([\d.]+) s", said), "--no-compile" in command)
+             for command, said in commands() if "sample.py" in command]
+    cold, *again = [f"{seconds:.0f}" for seconds, plain in times if not plain]
+    without, = [f"{seconds:.0f}" for seconds, plain in times if plain]
+    warm = " and ".join(again)
+    yield "speed.md", f"{cold} s the first time, {warm} s then; {without} s with `--no-compile`"
 
 
 # --- the other tables ---
