@@ -180,6 +180,11 @@ class GaussianDiffusion:
         """Times t (B,) -> a, s, da, ds, each (B, 1, 1, 1) on the device of t."""
         return [c[:, None, None, None] for c in self.path.coefficients(t)]
 
+    def abar_table(self):
+        """The image's share of the variance at t = 0, 1 .. T, (T + 1,), for a network that weighs z by it."""
+        t = torch.arange(self.T + 1)
+        return self.path.abar(t.clamp(max=self.T - 1) if self.discrete else t.float())
+
     def add_noise(self, x0, t, eps):
         """x0 and noise eps (B, C, H, W), t (B,) -> x_t."""
         a, s, _, _ = self.coefficients(t)

@@ -2,9 +2,9 @@
 
     x --> block_1 ... block_6 --+--> block_7 ... block_12 --> final --> eps        size "small"
                  ^              |            ^                  ^
-    t --> c -----+--------------|----> c + proj(z) -------------+                  to every block
-                                |            ^
-                                +----> z ----+                                     z = mean over tokens
+    t --> c -----+--------------|----> c + abar proj(z) --------+                  to every block
+                                |                 ^
+                                +----> z ---------+                                z = mean over tokens
 
 Self-conditioning here means: the features of one layer are *aggregated* into a vector z and *rerouted* to all
 later layers (DDAE++, arXiv 2505.10999). It is not the "self-conditioning" of Analog Bits (arXiv 2208.04202),
@@ -187,6 +187,8 @@ class DiT(nn.Module):
             self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
             nn.init.zeros_(self.proj[1].weight)
             nn.init.zeros_(self.proj[1].bias)
+            # the image's share of the variance at t = 0..1000; train.py fills in that of its path
+            self.register_buffer("abar", torch.ones(1001))
 
     def init_weights(self):
         # generic: every linear layer, and the patch convolution as the linear layer it is
@@ -246,7 +248,8 @@ class DiT(nn.Module):
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, D)
+            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): of pure noise it is 0
+            c = c + abar * self.proj(z.to(c.dtype))                          # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 
         eps = self.decoder(x, c, feats if return_features else None)

@@ -1177,9 +1177,12 @@ def build(cfg, shape, num_classes, device):
         net = net_class(side, channels, num_classes, cfg.self_cond, **net_class.SIZES[cfg.size])
     except (ValueError, RuntimeError, MemoryError, OverflowError) as e:
         raise UserError(f"--model {cfg.model} --size {cfg.size}: {e}")
+    diffusion = make_diffusion(cfg)
+    if cfg.self_cond:
+        net.abar.copy_(diffusion.abar_table())
     if cfg.distill:                                 # last: the rest starts as it does without
         net.projector = make_projector(net)
-    return net.to(device, memory_format=LAYOUT[device.type]), make_diffusion(cfg)
+    return net.to(device, memory_format=LAYOUT[device.type]), diffusion
 
 
 def check_shape(cfg, shape):
@@ -1267,7 +1270,7 @@ def load_run(folder, device):
 # public weights: those of the original networks
 
 PUBLIC_SCALE = 0.18215      # by which the public networks of latents multiply these: Stable Diffusion's
-ADDED = ("proj.", "projector.")                     # what they do not have
+ADDED = ("proj.", "abar", "projector.")             # what they do not have
 
 
 def first_three(names):
@@ -1301,9 +1304,9 @@ def load_public(cfg, net, weights):
     known, K = classes_of(weights), net.num_classes
     fitting = f"--conditional and data of {known:,} classes" if known else "--no-conditional"
     require(known == K, f"{cfg.init} knows {known:,} classes, this network {K:,}: use {fitting}.")
-    buffers = dict(net.named_buffers())             # fixed tables, which are not loaded
-    parts = dict(net.named_parameters()) | buffers
-    parts = {name: w for name, w in parts.items() if not name.startswith(ADDED)}
+    named = dict(net.named_parameters()) | dict(net.named_buffers())
+    parts = {name: w for name, w in named.items() if not name.startswith(ADDED)}
+    buffers = parts.keys() - dict(net.named_parameters())        # fixed tables, which are not loaded
     shapes = {name: tuple(w.shape) for name, w in parts.items()}
     lost = [name for name in shapes if name not in weights]
     extra = [name for name in weights if name not in shapes]
@@ -1313,8 +1316,8 @@ def load_public(cfg, net, weights):
     faults = [f"{kind}: {first_three(names)}" for kind, names in kinds.items() if names]
     require(not faults, f"{cfg.init} does not fit --model {cfg.model} --size {cfg.size} for images of "
                         f"{net.image_size} x {net.image_size} ({'; '.join(faults)}): correct these flags.")
-    for name, table in buffers.items():
-        require(torch.allclose(table.cpu(), weights[name], atol=1e-5),
+    for name in buffers:
+        require(torch.allclose(parts[name].cpu(), weights[name], atol=1e-5),
                 f"{cfg.init} has other {name} than {cfg.model}: use weights of the original network.")
     net.load_state_dict(weights, strict=False)
 

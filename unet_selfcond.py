@@ -2,9 +2,9 @@
 
     x --> in_1 ... in_8 --> mid --+--> out_1 ... out_12 --> eps        size "base"
                ^             ^    |            ^
-    t --> c ---+-------------+----|----> c + proj(z)                   to every block
-                                  |            ^
-                                  +----> z ----+                       z = mean over space
+    t --> c ---+-------------+----|----> c + abar proj(z)              to every block
+                                  |                 ^
+                                  +----> z ---------+                  z = mean over space
 
 Self-conditioning here means: the features of one layer are *aggregated* into a vector z and *rerouted* to all
 later layers (DDAE++, arXiv 2505.10999). It is not the "self-conditioning" of Analog Bits (arXiv 2208.04202),
@@ -200,6 +200,8 @@ class UNet(nn.Module):
             self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim_c))
             nn.init.zeros_(self.proj[1].weight)
             nn.init.zeros_(self.proj[1].bias)
+            # the image's share of the variance at t = 0..1000; train.py fills in that of its path
+            self.register_buffer("abar", torch.ones(1001))
 
     @property
     def parts(self):
@@ -255,7 +257,8 @@ class UNet(nn.Module):
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, E)
+            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): of pure noise it is 0
+            c = c + abar * self.proj(z.to(c.dtype))                          # (B, D) -> (B, E)
         # -------------------------------------------------------------------------------------
 
         eps = self.decoder(h, c, skips, feats if return_features else None)

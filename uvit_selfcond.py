@@ -3,7 +3,7 @@
     x, t --> in_1 ... in_6 --> mid --+--> out_1 ... out_6 --> eps        size "small"
                    |                 |       ^    ^
                    +--- long skips --|-------+    |                      in_i -> out_(7 - i)
-                                     |        + proj(z)                  where a decoder block fuses its skip
+                                     |     + abar proj(z)                where a decoder block fuses its skip
                                      |            ^
                                      +----> z ----+                      z = mean over patch tokens
 
@@ -161,6 +161,8 @@ class UViT(nn.Module):
             self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
             nn.init.zeros_(self.proj[1].weight)
             nn.init.zeros_(self.proj[1].bias)
+            # the image's share of the variance at t = 0..1000; train.py fills in that of its path
+            self.register_buffer("abar", torch.ones(1001))
 
     def init_weights(self):
         # positions, linear layers and the last convolution; the rest keeps PyTorch's default
@@ -235,7 +237,8 @@ class UViT(nn.Module):
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            c = c + self.proj(z.to(c.dtype))                                 # (B, D) -> (B, D)
+            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): of pure noise it is 0
+            c = c + abar * self.proj(z.to(c.dtype))                          # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 
         eps = self.decoder(x, c, skips, feats if return_features else None)

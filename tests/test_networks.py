@@ -135,9 +135,11 @@ def test_on_starts_as_off(name, classes):
 @pytest.mark.pins
 @each_net
 def test_proj_is_all_that_is_added(name):
-    """Self-conditioning adds a linear layer, behind all others, and nothing else."""
-    on, off = (list(build(name, self_cond=self_cond).state_dict()) for self_cond in (True, False))
-    assert on == [*off, "proj.1.weight", "proj.1.bias"]
+    """Self-conditioning adds a linear layer, behind all others, and a fixed table; nothing else."""
+    on, off = (build(name, self_cond=self_cond) for self_cond in (True, False))
+    learned = [key for key, _ in off.named_parameters()]
+    assert [key for key, _ in on.named_parameters()] == [*learned, "proj.1.weight", "proj.1.bias"]
+    assert on.state_dict().keys() - off.state_dict().keys() == {"proj.1.weight", "proj.1.bias", "abar"}
 
 
 def test_fresh_transformers():
@@ -234,15 +236,17 @@ PASSES = {"unet": unet_pass, "uvit": uvit_pass, "dit": dit_pass}
     ("dit", dict(image_size=24, channels=4, depth=6, patch=8), 3, 3, 32, 3),
 ])
 def test_forward(name, kwargs, early, late, D, h):
-    """Output and features are those of the pass above, with proj(z) in all layers behind z.
+    """Output and features are those of the pass above, with abar proj(z) in all layers behind z.
 
     early, late: how many features up to z and behind it; D, h: width and side of the one that z is of.
     """
     net = perturb(build(name, **kwargs))
+    net.abar.copy_(torch.linspace(1, 0, 1001))
     x, t, *y = inputs(net)
     label = net.label_embed.weight[y[0]] if y else 0
     z = net.encode(x, t, *y)
     rerouted = F.layer_norm(z, [D]) @ net.proj[1].weight.T + net.proj[1].bias
+    rerouted = (1 - t.long() / 1000)[:, None] * rerouted
     expected, made = PASSES[name](net, x, t, label, rerouted)
     if name != "unet":                                      # the patches, row by row, come last
         made = [tokens[:, -h * h:].transpose(1, 2).unflatten(2, (h, h)) for tokens in made]

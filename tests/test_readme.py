@@ -352,6 +352,8 @@ def test_study_variants(study):
             net = study.network(name, variant)(8, 3, 0, variant != "baseline", **size).eval()
             for p in net.parameters():
                 torch.nn.init.normal_(p, std=0.05)
+            if net.self_cond:
+                net.abar.fill_(0.5)
             said[name, variant], feats = net(x, t, return_features=True)
             z = feats[net.bottleneck].mean((2, 3))
             for found in (net.encode(x, t), net(x, t, return_z=True)[1]):

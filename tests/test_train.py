@@ -521,11 +521,22 @@ def test_learns(flags, n):
     assert means[-1] < 0.35 * means[0]
 
 
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+def test_abar_table(schedule):
+    """A network that is built for a path weighs z by that path's abar at each t; of pure noise z counts 0."""
+    run = ready(f"--schedule {schedule}")
+    t = torch.tensor([0, 1, 60, 500, 999])
+    expected = run.diffusion.path.abar(t if schedule in ("linear", "cosine") else t.float())
+    assert run.net.abar.shape == (1001,) and error(run.net.abar[t], expected) < 1e-6
+    assert run.net.abar[0] > 0.999 and run.net.abar[1000] < 1e-4 and torch.equal(run.net.abar, run.ema.abar)
+
+
 @each_model
 def test_twins(model):
     """A run and its baseline see the same images, noise and initial weights: equal until proj has moved."""
     on, off = (ready(f"--model {model} {MOVES} --{no}self-cond") for no in ("", "no-"))
-    assert on.net.state_dict().keys() - off.net.state_dict().keys() == {"proj.1.weight", "proj.1.bias"}
+    assert on.net.state_dict().keys() - off.net.state_dict().keys() == {
+        "proj.1.weight", "proj.1.bias", "abar"}
     assert steps(on).meter.means()[0] == steps(off).meter.means()[0]
     assert steps(on, 7).meter.means()[0] != steps(off, 7).meter.means()[0]
 
@@ -645,7 +656,8 @@ def test_run_folder(tmp_path, capsys, flags):
     assert state["shape"] == [3, 8, 8] and state["num_classes"] == 10
 
     head, rest = log(out)
-    assert head["config"] == cfg and head["parameters"] == sum(v.numel() for v in state["model"].values())
+    learned = sum(v.numel() for name, v in state["model"].items() if name != "abar")
+    assert head["config"] == cfg and head["parameters"] == learned
     assert torch.__version__ in head["versions"] and "cpu" in head["device"]
     assert re.fullmatch("([0-9a-f]{40})?", head["commit"])
     assert [r["images"] for r in rest] == [320, 352]

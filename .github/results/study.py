@@ -30,16 +30,17 @@ SIZES = {
     "dit": dict(dim=256, depth=12, heads=4, patch=2),
 }
 
-MIXIN = "            c = c + self.proj(z.to(c.dtype))"          # the default, in all three
-OFF = "        if self.self_cond:\n" + MIXIN                   # with its condition, to be taken out
+MIXIN = "            c = c + abar * self.proj(z.to(c.dtype))"   # the default, in all three
 AGGREGATE = "        z = self.aggregate(feats)"
 EARLY = "        *_, feats = self.encoder(x, t, y)\n        return self.aggregate(feats)"
-ADD = "c = c + self.proj(self.aggregate(feats).to(c.dtype))\n"
+ADD = "c = c + self.counts * self.proj(self.aggregate(feats).to(c.dtype))\n"
+PLAIN = [(MIXIN, "            c = c + self.proj(z.to(c.dtype))")]        # counts alike at all t
 
 
 def at(layer):
     """z is of another layer than mid; the lines that add it are taken out, to come elsewhere."""
-    return [(OFF, "        pass"), ('self.bottleneck = "mid"', f'self.bottleneck = "{layer}"')]
+    return [(MIXIN, "            self.counts = abar"),
+            ('self.bottleneck = "mid"', f'self.bottleneck = "{layer}"')]
 
 
 def in_decoder(layer, decode):
@@ -73,23 +74,28 @@ UVIT_MANY = """nn.ModuleList(
 """
 UVIT_KEEP = '                feats[f"out_{n}"] = self.patch_map(x)\n'
 UNET_MID = "        for block in self.mid:\n"
+COUNTS = "            self.counts = self.abar[t.long(), None].to(c.dtype)\n"
 VARIANTS = {           # name -> [(old text, new text), ...]; "baseline" and the default are not patched
     "unet": {
-        "baseline": [], "mid": [], "out_3": unet_out(3), "out_6": unet_out(6),
-        "in_8": [*at("in_8"), (UNET_MID, f"        if self.self_cond:\n            {ADD}{UNET_MID}")],
+        "baseline": [], "mid": [], "mid, plain": PLAIN, "out_3": unet_out(3), "out_6": unet_out(6),
+        "in_8": [*at("in_8"), (UNET_MID, f"        if self.self_cond:\n{COUNTS}            {ADD}{UNET_MID}")],
     },
     "uvit": {
-        "baseline": [], "mid": [],
+        "baseline": [], "mid": [], "mid, plain": PLAIN,
         "mid, separate projections": [
             (UVIT_ONE, UVIT_MANY),
-            (MIXIN, "            c = [c + proj(z.to(c.dtype)) for proj in self.proj]"),
+            (MIXIN, "            c = [c + abar * proj(z.to(c.dtype)) for proj in self.proj]"),
             ("skips.pop(), c)", "skips.pop(), c[n - 1] if isinstance(c, list) else c)")],
-        "mid, once to all tokens": [(MIXIN, "            x = x + self.proj(z.to(x.dtype))[:, None]")],
+        "mid, once to all tokens": [
+            (MIXIN, "            x = x + (abar * self.proj(z.to(x.dtype)))[:, None]")],
         "out_2": [*in_decoder("out_2", "x, c, skips"),
                   (UVIT_KEEP,
                    f"{UVIT_KEEP}            if n == 2 and self.self_cond:\n                {ADD}")],
     },
-    "dit": {"baseline": [], "block_6": [], "block_4": dit_block(4), "block_8": dit_block(8)},
+    "dit": {
+        "baseline": [], "block_6": [], "block_6, plain": PLAIN, "block_4": dit_block(4),
+        "block_8": dit_block(8),
+    },
 }
 
 
