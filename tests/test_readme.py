@@ -326,7 +326,8 @@ def study(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
     yield importlib.import_module("study")
     sys.modules.pop("study")
-    sys.modules.pop("check_numbers", None)          # it has imported that study
+    for name in ("check_numbers", "claim_runs"):    # they have imported that study
+        sys.modules.pop(name, None)
 
 
 def test_numbers(study, monkeypatch, capsys):
@@ -397,6 +398,58 @@ def test_study_distance(study, monkeypatch, capsys):
     study.train.say_once.cache_clear()
     assert [study.distance("samples.npz", "cifar10") for _ in range(2)] == [None, None]
     assert capsys.readouterr().out.count("going on without distances") == 1
+
+
+def test_claim_runs(study, tmp_path, capfd):
+    """Every form of each network and seed, two runs at a time; what is there stays, what failed is said."""
+    runs = importlib.import_module("claim_runs")
+    fake = tmp_path / "fake.py"
+    fake.write_text("""if True:
+        import argparse, json
+        parser = argparse.ArgumentParser()
+        parser.add_argument("network")
+        for name in ("variants", "seeds", "images", "flags", "out"):
+            parser.add_argument("--" + name)
+        args, _ = parser.parse_known_args()
+        assert (args.network, args.variants) != ("uvit", "mid"), "this one fails"
+        line = dict(network=args.network, variant=args.variants, seed=int(args.seeds), flags=args.flags)
+        open(args.out, "a").write(json.dumps(line) + chr(10))
+    """)
+    out, there = tmp_path / "claim.jsonl", dict(network="dit", variant="baseline", seed=11)
+    out.write_text(json.dumps(there) + "\n")
+    flags = f"--data x --transfer y --seeds 10 11 --images 500 --gpus 1 --runs {tmp_path}/runs --out {out}"
+    runs.main([*flags.split(), "--study", str(fake)])
+    lines = study.read(out)
+    found = {(r["network"], r["variant"], r["seed"]) for r in lines}
+    assert len(lines) == len(found) == 2 * 12 - 2 and ("uvit", "mid", 10) not in found
+    assert ("dit", "baseline distill 0.02", 11) in found and ("unet", "mid distill 0.005", 10) in found
+    assert all("--decay 500" in r["flags"] for r in lines[1:])
+    begins = re.findall("begins 0 (\\w+) (.*) 10\n", capfd.readouterr().out)
+    assert begins[:3] == [(name, "baseline") for name in ("unet", "uvit", "dit")] and len(begins) == 12
+    runs.main([*flags.split(), "--study", str(fake)])
+    said = capfd.readouterr().out
+    assert said.count("begins") == said.count("FAILED 0 uvit mid") == 2
+
+
+def test_claim_tables(study, tmp_path, monkeypatch):
+    """Levels by seed; differences in % or points over the seeds that both forms have."""
+    claim = importlib.import_module("claim")
+    monkeypatch.setattr(claim, "HERE", tmp_path)
+    lines = []
+    for variant, values in (("baseline", {10: (8.0, 0.60), 11: (10.0, 0.62)}),
+                            ("block_6", {10: (7.6, 0.61), 11: (9.4, 0.64)}),
+                            ("block_6 distill 0.02", {10: (7.2, None)})):
+        for seed, (distance, test) in values.items():
+            lines.append(dict(network="dit", variant=variant, seed=seed, test=test, loss=0.1,
+                              distance=dict(classifier=distance, imagenet=100)))
+    (tmp_path / "claim.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = claim.read_claim()
+    levels, differences = "\n".join(claim.level_rows(runs)), "\n".join(claim.difference_rows(runs))
+    assert "| DiT 14.5 M | z | 10, 11 | 7.60, 9.40 | 100.0, 100.0 | 61.0, 64.0 | -, - |" in levels
+    cells = "-5.5 [-11.9, +0.9] | +0.0 [+0.0, +0.0] | +1.5 [-4.9, +7.9] |"
+    assert f"| DiT 14.5 M | z, baseline | {cells}" in differences
+    assert "| DiT 14.5 M | z + distillation, baseline | -10.0 | +0.0 | - |" in differences
+    assert "| z + distillation, distillation |" not in differences           # there is no such run
 
 
 def test_study_pairs(study):

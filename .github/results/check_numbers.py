@@ -183,6 +183,25 @@ def claim_rows():
     yield FIRST, claim.table()
 
 
+def rate_rows():
+    """Distances of baselines at each rate; those at 5e-4 stand among the forms."""
+    for run in study.read(HERE / "rates.jsonl"):
+        distance = run["distance"]
+        yield "claim.md", f"{run['lr']:g}, {run['warmup']:,}"
+        yield "claim.md", f" | {distance['classifier']:.2f} / {distance['imagenet']:.1f} |"
+    for run in study.read(HERE / "forms.jsonl"):
+        if run["variant"] == "baseline" and run["seed"] == 0 and "--decay" in run["flags"]:
+            distance = run["distance"]
+            yield "claim.md", f" | {distance['classifier']:.2f} / {distance['imagenet']:.1f} |"
+
+
+def seed_rows():
+    """What the runs on the original CIFAR-10 reached, and how far they differ."""
+    runs = claim.read_claim()
+    yield "claim.md", "\n".join(claim.level_rows(runs)) + "\n"
+    yield "claim.md", "\n".join(claim.difference_rows(runs)) + "\n"
+
+
 def pair_rows():
     for name in TITLES:
         yield "results.md", study.table(study.read(HERE / f"pairs-{name}.jsonl"))
@@ -191,7 +210,7 @@ def pair_rows():
 def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
-                 demo_rows, pair_rows, path_rows, form_rows):
+                 demo_rows, pair_rows, path_rows, form_rows, rate_rows, seed_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if text not in (HERE / page).read_text(encoding="utf-8"):

@@ -1,9 +1,8 @@
-"""The first page's table: what z, alone and with distillation, changes in runs of one seed.
+"""What z, alone and with distillation, changes in runs of one seed: tables of the first page and of claim.md.
 
     python .github/results/claim.py
 
-A cell: mean difference to the baseline of the same seed [paired 95 % t-interval],
-bold where that excludes 0.
+A cell: mean difference to the run of the same seed [paired 95 % t-interval], bold where that excludes 0.
 """
 import json
 import math
@@ -21,6 +20,21 @@ ROWS = [                                         # title, file, variant
     ("DiT 14.5 M, z + distillation", "dit", "block_6 distill 0.02"),
 ]
 
+NETWORKS = [                                     # of claim.md: title, name, its z, weight of its distillation
+    ("UNet 36 M", "unet", "mid", "0.005"),
+    ("U-ViT 11 M", "uvit", "mid", "0.005"),
+    ("DiT 14.5 M", "dit", "block_6", "0.02"),
+]
+MEASURES = [            # where a run says it, times what; digits of a level, of a difference; is that in %?
+    ("distance, classifier", ("distance", "classifier"), 1, 2, 1, True),
+    ("distance, EfficientNet", ("distance", "imagenet"), 1, 1, 1, True),
+    ("probe, %", ("test",), 100, 1, 1, False),
+    ("k-NN, %", ("knn",), 100, 1, 1, False),
+    ("mIoU, %", ("dense", "miou"), 100, 1, 1, False),
+    ("transfer, %", ("transfer", "accuracy"), 100, 1, 1, False),
+    ("loss", ("loss",), 1, 4, 2, True),
+]
+
 
 def interval(differences):
     """-> mean, low, high of the paired 95 % t-interval."""
@@ -31,6 +45,8 @@ def interval(differences):
 
 
 def cell(differences, digits):
+    if len(differences) == 1:
+        return f"{differences[0]:+.{digits}f}"
     mean, low, high = interval(differences)
     text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
@@ -55,5 +71,71 @@ def table():
     return "\n".join(rows)
 
 
+# --- claim.md ---
+
+def read_claim():
+    """-> {(network, variant): {seed: run}}."""
+    runs = {}
+    for line in (HERE / "claim.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        runs.setdefault((run["network"], run["variant"]), {})[run["seed"]] = run
+    return runs
+
+
+def forms(z, weight):
+    """-> title and variant of each form of a network."""
+    return {"baseline": "baseline", "z": z, "distillation": f"baseline distill {weight}",
+            "z + distillation": f"{z} distill {weight}"}
+
+
+def value(run, place, factor):
+    """What a run says at a place, None where it does not."""
+    for name in place:
+        run = run.get(name) if run else None
+    return None if run is None else factor * run
+
+
+def level_rows(runs):
+    """What each form reached, a number a seed."""
+    yield "| network | form | seeds | " + " | ".join(title for title, *_ in MEASURES) + " |"
+    yield "|---" * (3 + len(MEASURES)) + "|"
+    for title, name, z, weight in NETWORKS:
+        for form, variant in forms(z, weight).items():
+            found = runs.get((name, variant))
+            if not found:
+                continue
+            cells = [title, form, ", ".join(map(str, sorted(found)))]
+            for _, place, factor, digits, *_ in MEASURES:
+                values = [value(found[seed], place, factor) for seed in sorted(found)]
+                cells.append(", ".join("-" if x is None else f"{x:.{digits}f}" for x in values))
+            yield f"| {' | '.join(cells)} |"
+
+
+def difference_rows(runs):
+    """Each form against the baseline; with both, against distillation alone: distances and loss in %."""
+    yield "| network | form, against | " + " | ".join(title.split(", %")[0] for title, *_ in MEASURES) + " |"
+    yield "|---" * (2 + len(MEASURES)) + "|"
+    for title, name, z, weight in NETWORKS:
+        variants = forms(z, weight)
+        for form, other in (("z + distillation", "baseline"), ("z", "baseline"),
+                            ("distillation", "baseline"), ("z + distillation", "distillation")):
+            ours, theirs = runs.get((name, variants[form]), {}), runs.get((name, variants[other]), {})
+            cells = [compare(ours, theirs, *measure[1:]) for measure in MEASURES]
+            if set(cells) != {"-"}:
+                yield f"| {title} | {form}, {other} | {' | '.join(cells)} |"
+
+
+def compare(ours, theirs, place, factor, _, digits, relative):
+    """A cell of what a measure says of two forms, over the seeds that both have."""
+    differences = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        a, b = value(ours[seed], place, factor), value(theirs[seed], place, factor)
+        if a is not None and b is not None:
+            differences.append(100 * (a / b - 1) if relative else a - b)
+    return cell(differences, digits) if differences else "-"
+
+
 if __name__ == "__main__":
     print(table())
+    print("\n".join(level_rows(read_claim())))
+    print("\n".join(difference_rows(read_claim())))

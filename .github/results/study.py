@@ -132,6 +132,22 @@ def distance(path, data):
     return value
 
 
+def probed(run, flags):
+    """Probes a run -> what probe.py says of it."""
+    before = set(run.glob("probe*.json"))
+    probe.main([str(run), *flags.split()])
+    path, = set(run.glob("probe*.json")) - before
+    return json.loads(path.read_text())
+
+
+def loss_curve(records):
+    """Records of a log -> mean loss over each 50,000 images."""
+    parts = {}
+    for r in records:
+        parts.setdefault((r["images"] - 1) // 50_000, []).append(r["loss"])
+    return [round(statistics.mean(part), 5) for part in parts.values()]
+
+
 def measure(args, name, variant, seed):
     """Trains, samples, judges and probes -> dict."""
     run = Path(args.runs, f"{name}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
@@ -144,16 +160,24 @@ def measure(args, name, variant, seed):
                 *["--no-self-cond"] * (kind == "baseline"), *["--distill", weight] * bool(weight),
                 *["--distill-images", until] * bool(until)])
     sample.main([str(run), *f"-n {args.samples} --steps 30 --batch-size 1000 --npz".split()])
-    probe.main([str(run), *"--t 10 30 60 100 200 --batch-size 1000 --knn".split()])
-    result = json.loads((run / "probe.json").read_text())
     head, *records = read(run / "log.jsonl")
     last = records[-max(1, len(records) // 5):]            # the loss is the mean over the last fifth
-    return dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
-                images_per_second=statistics.median(r["images_per_second"] for r in records),
-                seconds=records[-1]["seconds"], parameters=head["parameters"],
-                loss=statistics.mean(r["loss"] for r in last), best=result["best"],
-                test=result["test"]["accuracy"], knn=result["knn"], layers=result["layers"],
-                held_out=result["held_out"], distance=distance(run / "samples.npz", args.data))
+    result = dict(network=name, variant=variant, seed=seed, images=records[-1]["images"],
+                  batch_size=args.batch_size, size=SIZES[name], flags=args.flags, device=head["device"],
+                  versions=head["versions"], parameters=head["parameters"],
+                  images_per_second=statistics.median(r["images_per_second"] for r in records),
+                  seconds=records[-1]["seconds"], loss=statistics.mean(r["loss"] for r in last),
+                  losses_of_50k=loss_curve(records), distance=distance(run / "samples.npz", args.data))
+    found = probed(run, "--t 10 30 60 100 200 --batch-size 1000 --knn")
+    result |= dict(best=found["best"], test=found["test"]["accuracy"], knn=found["knn"],
+                   layers=found["layers"], levels=found["levels"], held_out=found["held_out"])
+    if args.transfer:
+        found = probed(run, "--task segment --data shapes:full --t 10 60 --batch-size 500")
+        result["dense"] = dict(best=found["best"], miou=found["test"]["miou"], held_out=found["held_out"])
+        found = probed(run, f"--data {args.transfer} --t 10 60 --batch-size 1000")
+        result["transfer"] = dict(best=found["best"], accuracy=found["test"]["accuracy"],
+                                  held_out=found["held_out"])
+    return result
 
 
 def table(records):
@@ -211,6 +235,7 @@ def main(argv=None):
     parser.add_argument("--flags", default="", help="more flags of train.py, in quotes")
     parser.add_argument("--size", nargs="*", default=[], metavar="NAME=NUMBER", help="changes to SIZES")
     parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--transfer", metavar="DATA", help="probe these too, and the pixels of shapes:full")
     parser.add_argument("--runs", default="runs/study", help="folder of the runs")
     parser.add_argument("--out", default="study.jsonl")
     args = parser.parse_args(argv)

@@ -1,0 +1,89 @@
+"""The runs behind claim.md: over all GPUs of a host, two at a time on each, a line of --out a run.
+
+    python .github/results/claim_runs.py --data folder:cifar10 --transfer folder:tiny-imagenet --seeds 10 11
+
+Runs that --out holds already are not made again: the same command goes on where it was stopped. What a run
+said lies in --runs.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import claim  # noqa: E402
+import study  # noqa: E402
+
+IMAGES = 1_400_000
+FLAGS = {
+    "unet": "--schedule flow --lr 5e-4",
+    "uvit": "--schedule edm --lr 2e-3 --warmup 150000",
+    "dit": "--schedule edm --lr 1e-3",
+}
+
+
+def jobs(seeds, done):
+    """-> [(network, variant, seed), ...] that are not done, seed by seed: so pairs are complete early."""
+    forms = [[(name, variant) for variant in claim.forms(z, weight).values()]
+             for _, name, z, weight in claim.NETWORKS]
+    every = [(name, variant, seed) for seed in seeds for same in zip(*forms) for name, variant in same]
+    return [job for job in every if job not in done]
+
+
+def run(args, job, gpu):
+    """One job on one GPU, by study.py in a process of its own -> its line, None where it failed."""
+    name, variant, seed = job
+    folder = Path(args.runs, f"{name}-{variant}-{seed}".replace(" ", "-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    line = folder / "line.jsonl"
+    command = [sys.executable, args.study, name, "--variants", variant, "--seeds", str(seed),
+               "--data", args.data, "--transfer", args.transfer, "--images", str(args.images),
+               "--batch-size", "128", "--flags", f"--image-size 32 --decay {args.images} {FLAGS[name]}",
+               "--size", *(["dim=128"] if name == "unet" else []), "--runs", str(folder), "--out", str(line)]
+    with open(folder / "said.txt", "w") as said:
+        subprocess.run(command, stdout=said, stderr=subprocess.STDOUT,
+                       env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
+    return line.read_text() if line.exists() else None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="the original CIFAR-10, as a folder")
+    parser.add_argument("--transfer", required=True, help="Tiny-ImageNet at 32 pixels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14, 15])
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--minutes", type=float, default=1e6, help="no run starts later")
+    parser.add_argument("--runs", default="runs/claim")
+    parser.add_argument("--out", default="claim.jsonl")
+    parser.add_argument("--study", default=str(HERE / "study.py"), help="the script that makes a run")
+    args = parser.parse_args(argv)
+    there = study.read(args.out) if Path(args.out).exists() else []
+    done = {(r["network"], r["variant"], r["seed"]) for r in there}
+    left, lock, begun = jobs(args.seeds, done), Lock(), time.time()
+
+    def work(gpu):
+        while True:
+            with lock:
+                if not left or time.time() - begun > 60 * args.minutes:
+                    return
+                job = left.pop(0)
+                print("begins", gpu, *job, flush=True)
+            line = run(args, job, gpu)
+            with lock, open(args.out, "a") as file:
+                file.write(line or "")
+                print("ends" if line else "FAILED", gpu, *job, flush=True)
+
+    with ThreadPoolExecutor(2 * args.gpus) as pool:
+        list(pool.map(work, [*range(args.gpus), *range(args.gpus)]))
+
+
+if __name__ == "__main__":
+    main()
