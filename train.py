@@ -7,7 +7,8 @@ Lengths are in images and the batch size is global: more GPUs are faster, the ex
 randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
 
-In this order: errors, config, data sets, latents, device and run tools, checkpoint, the loop.
+In this order: errors, config, data sets, latents, device and run tools, checkpoint, the loop. To see what
+training is, begin at the end: train, loop, advance, train_step, forward_backward, then Batches.
 """
 import argparse
 import copy
@@ -523,7 +524,7 @@ def load_folder(root, split, size, skip_bad):
     stamp = stamp_of(root, files)
     cache = root.with_name(f"{root.name}-{split}-{size}px.npz")
     images = read_cache(cache, stamp)
-    if everywhere(images is not None):
+    if all(gather(images is not None)):             # in every process
         return Data(images, labels, None, classes)
     images, good = decode_together(files, size, skip_bad, split)
     if images.max() < 64:
@@ -904,7 +905,7 @@ def load_latents(root, split):
 
 # --- device and run tools -----------------------------------------------------------------------------------
 
-# gather, everywhere, same_everywhere, in_every_process and from_first: all processes must come to each such
+# gather, same_everywhere, in_every_process and from_first: all processes must come to each such
 # call, in the same order. What may fail in one of them alone is work for in_every_process, so that all end.
 
 WORLD = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]       # what torchrun sets
@@ -966,11 +967,6 @@ def gather(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=patient_group())
     return values
-
-
-def everywhere(ok):
-    """Is this so in every process?"""
-    return all(gather(ok))
 
 
 def in_every_process(work):
@@ -1204,7 +1200,8 @@ def read_checkpoint(path):
         lost = [name for name in STATE if name not in state]
         require(not lost, f"written by other code: without {', '.join(lost)}")
         cfg = to_config(state["config"])
-        check_checkpoint(cfg, state)
+        weights = [*state["model"].values(), *state["ema"].values()]
+        require(all(w.isfinite().all() for w in weights), "a weight is not finite")
     except Exception as e:                          # torch raises many kinds
         why = str(e) if isinstance(e, UserError) else type(e).__name__
         raise UserError(f"{path} is no whole checkpoint of this code ({why}): use the code that wrote it, "
@@ -1212,49 +1209,17 @@ def read_checkpoint(path):
     return {**state, "path": path, "config": cfg}
 
 
-def check_checkpoint(cfg, state):
-    """Raises anything where a value of a checkpoint is none that train.py writes."""
-    for f in fields(Config):
-        value, choices = getattr(cfg, f.name), f.metadata["choices"]
-        require(type(value) in (f.type, type(f.default)), f"{f.name} {value!r} has the wrong type")
-        require(value is None or not choices or value in choices, f"{f.name} {value!r} is unknown")
-    require(cfg.size in MODELS[cfg.model].SIZES, f"size {cfg.size!r} is unknown")
-    for name in ("images", "loss_count"):
-        require(type(state[name]) is int and state[name] >= 0, f"{name} {state[name]!r} cannot be")
-    require(state["images"] % cfg.batch_size == 0, "it was saved within a step")
-    require(all(type(loss) is float for loss in state["loss_sums"]), "a loss is no number")
-    require(len(state["loss_sums"]) == 2, "there are two losses")
-    shape = state["shape"]
-    require(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), f"shape {shape!r} cannot be")
-    check_names(state["classes"])
-    require([name for name, _ in state["counts"]] == state["classes"], "the counts do not fit the classes")
-    require(state["num_classes"] == (len(state["classes"]) if cfg.conditional else 0),
-            "the number of classes does not fit")
-    if state["latents"] is not None:
-        check_meta(state["latents"])
-    require(state["ema"], "it has no weights")
-    for part in ("model", "ema"):
-        require(all(w.isfinite().all() for w in state[part].values()), "a weight is not finite")
-
-
 def restore(state, **parts):
     """Load state[name] into each part. Raises UserError where it does not fit."""
     try:
         for name, part in parts.items():
-            if name == "optimizer":
-                restore_optimizer(state[name], part)
-            elif state[name]:                       # a GradScaler that was off has nothing to say
-                part.load_state_dict(state[name])
+            saved = state[name]
+            if name == "optimizer":                 # its moments; its settings are those of the code
+                saved = {**part.state_dict(), "state": saved["state"]}
+            if saved or name != "scaler":           # a scaler that was off has nothing to say
+                part.load_state_dict(saved)
     except Exception as e:                          # torch raises many kinds
         raise UserError(f"{state['path']} does not fit the network ({type(e).__name__}): use its own code.")
-
-
-def restore_optimizer(saved, optimizer):
-    """Its moments; its settings are those of the code."""
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
-    for p, s in optimizer.state.items():
-        shapes = [s[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
-        require(shapes == [(), p.shape, p.shape] and s["step"] >= 0, "another optimizer")
 
 
 def load_run(folder, device):
@@ -1519,10 +1484,6 @@ class Run:
         return self.cfg.micro_batch or self.share
 
     @property
-    def num_classes(self):
-        return self.net.num_classes
-
-    @property
     def parameters(self):
         """How many numbers the network learns."""
         return sum(p.numel() for p in self.net.parameters())
@@ -1727,7 +1688,7 @@ def save(run, path):
                  ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=[x * run.meter.steps for x in losses],
                  loss_count=run.meter.steps, shape=list(run.data.images.shape[1:]),
-                 num_classes=run.num_classes, classes=run.data.classes, counts=counts_of(run.data),
+                 num_classes=run.net.num_classes, classes=run.data.classes, counts=counts_of(run.data),
                  latents=run.data.meta)
     save_file(path, lambda file: torch.save(state, file))
 
@@ -1747,7 +1708,7 @@ def draw(run, vae, path):
     """A grid of 8 rows of samples, a column a class, at most 10; of latents, where there is their VAE."""
     if run.rank > 0 or (run.data.meta and not vae):
         return
-    K = run.num_classes
+    K = run.net.num_classes
     columns = min(K, 10) or 8
     noise = seeded_noise(range(8 * columns), run.data.images.shape[1:])().to(run.device)
     y = torch.arange(columns, device=run.device).repeat(8)
@@ -1813,7 +1774,8 @@ def log(run, out, lr, begun, bar):
     record["images_per_second"] = round((run.images - run.meter.images) / (now - run.meter.time), 1)
     record["seconds"] = round(now - begun, 1)
     if run.scaler.is_enabled():                     # the steps it left out since the start
-        record["skipped"] = run.step - steps_taken(run.optimizer)
+        taken = [int(s["step"]) for s in run.optimizer.state.values()]       # all parameters count alike
+        record["skipped"] = run.step - max(taken, default=0)
     bar.set_postfix_str(f"loss {denoising:.4f}, {(now - begun) / 60:.1f} of {run.cfg.minutes or '-'} min")
     if bar.disable:                                 # no terminal: a line a record
         of = f" of {run.cfg.images:,}" if run.cfg.images else ""
@@ -1822,13 +1784,6 @@ def log(run, out, lr, begun, bar):
     if run.rank == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def steps_taken(optimizer):
-    """How many steps AdamW has counted; all its parameters count alike."""
-    for s in optimizer.state.values():
-        return int(s["step"])
-    return 0
 
 
 def has_passed(run, every):
