@@ -908,32 +908,16 @@ def load_latents(root, split):
 # gather, same_everywhere, in_every_process and from_first: all processes must come to each such
 # call, in the same order. What may fail in one of them alone is work for in_every_process, so that all end.
 
-WORLD = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]       # what torchrun sets
-
-
-def is_one_of_many():
-    """Did torchrun start this process? Raises OwnError where the environment says so only by half."""
-    given = {name: os.environ[name] for name in WORLD if os.environ.get(name)}
-    numbers = [given.get(name, "") for name in WORLD if name != "MASTER_ADDR"]
-    if not any(numbers[:3]):                        # an address alone, as in many a shell, says nothing
-        return False
-    if "MASTER_ADDR" not in given or not all(map(str.isdecimal, numbers)) or (
-            int(given["RANK"]) >= int(given["WORLD_SIZE"])):
-        raise OwnError(f"the environment has {given}, which is not what starts several processes "
-                       f"({', '.join(WORLD)}): start with torchrun, or unset them.")
-    return True
-
-
 def setup(name):
     """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     usable = [kind for kind in there if there[kind]]
     name = name or usable[0]
     require(name in usable, f"--device {name} is not there: use {', '.join(usable)}.")
-    many = is_one_of_many()
+    many = "RANK" in os.environ                     # torchrun started this process
     device = torch.device(name)
     if name == "cuda":
-        i, count = int(os.environ["LOCAL_RANK"]) if many else 0, torch.cuda.device_count()
+        i, count = int(os.environ.get("LOCAL_RANK", 0)) if many else 0, torch.cuda.device_count()
         if i >= count:
             raise OwnError(f"this process wants GPU {i}, and there are {count}: start {count} a machine.")
         device = torch.device(name, i)
@@ -942,8 +926,9 @@ def setup(name):
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
         except (ValueError, RuntimeError) as e:
-            raise OwnError(f"the processes could not meet at {os.environ['MASTER_ADDR']}:"
-                           f"{os.environ['MASTER_PORT']} ({str(e).splitlines()[0]}): start with torchrun.")
+            place = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
+            raise OwnError(f"RANK is {os.environ['RANK']}, and the processes could not meet at {place} "
+                           f"({str(e).splitlines()[0]}): start with torchrun, or unset RANK.")
     return device, *processes()
 
 
