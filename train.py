@@ -1223,12 +1223,6 @@ PUBLIC_SCALE = 0.18215      # by which the public networks of latents multiply t
 ADDED = ("proj.", "abar", "projector.")             # what they do not have
 
 
-def first_three(names):
-    """Those of a list, for a sentence."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def read_public(cfg):
     """The file --init -> state dict of the network with self_cond=False, on the CPU. Raises UserError."""
     require(Path(cfg.init).is_file(), f"{cfg.init} is no file: name one of public weights.")
@@ -1254,22 +1248,20 @@ def load_public(cfg, net, weights):
     known, K = classes_of(weights), net.num_classes
     fitting = f"--conditional and data of {known:,} classes" if known else "--no-conditional"
     require(known == K, f"{cfg.init} knows {known:,} classes, this network {K:,}: use {fitting}.")
-    named = dict(net.named_parameters()) | dict(net.named_buffers())
-    parts = {name: w for name, w in named.items() if not name.startswith(ADDED)}
-    buffers = parts.keys() - dict(net.named_parameters())        # fixed tables, which are not loaded
-    shapes = {name: tuple(w.shape) for name, w in parts.items()}
-    lost = [name for name in shapes if name not in weights]
-    extra = [name for name in weights if name not in shapes]
-    other = [f"{name} {tuple(w.shape)}, not {shapes[name]}" for name, w in weights.items()
-             if name in shapes and w.shape != shapes[name]]
-    kinds = {"missing": lost, "left over": extra, "of another shape": other}
-    faults = [f"{kind}: {first_three(names)}" for kind, names in kinds.items() if names]
-    require(not faults, f"{cfg.init} does not fit --model {cfg.model} --size {cfg.size} for images of "
-                        f"{net.image_size} x {net.image_size} ({'; '.join(faults)}): correct these flags.")
-    for name in buffers:
-        require(torch.allclose(parts[name].cpu(), weights[name], atol=1e-5),
-                f"{cfg.init} has other {name} than {cfg.model}: use weights of the original network.")
-    net.load_state_dict(weights, strict=False)
+    tables = {name: w for name, w in net.named_buffers() if not name.startswith(ADDED)}     # not loaded
+    try:
+        missing, extra = net.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if not name.startswith(ADDED)]
+        extra = [name for name in extra if name not in tables]
+        require(not missing and not extra, f"missing: {missing[:3]}, left over: {extra[:3]}")
+        for name, table in tables.items():
+            w = weights[name]
+            same = w.shape == table.shape and torch.allclose(table.cpu(), w, atol=1e-5)
+            require(same, f"it has other {name}")
+    except (UserError, RuntimeError, KeyError) as e:             # torch: of another shape
+        why = str(e).splitlines()[-1].strip()
+        raise UserError(f"{cfg.init} does not fit --model {cfg.model} --size {cfg.size} for images of "
+                        f"{net.image_size} x {net.image_size} ({why}): correct these flags.")
 
 
 def public_meta(meta):
