@@ -326,7 +326,7 @@ def study(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
     yield importlib.import_module("study")
     sys.modules.pop("study")
-    for name in ("check_numbers", "claim_runs"):    # they have imported that study
+    for name in ("check_numbers", "claim_runs", "claim_curves"):    # they have imported that study
         sys.modules.pop(name, None)
 
 
@@ -450,6 +450,21 @@ def test_claim_tables(study, tmp_path, monkeypatch):
     assert f"| DiT 14.5 M | z, baseline | {cells}" in differences
     assert "| DiT 14.5 M | z + distillation, baseline | -10.0 | +0.0 | - |" in differences
     assert "| z + distillation, distillation |" not in differences           # there is no such run
+
+
+def test_claim_curves(study, tmp_path, monkeypatch):
+    """A layer's best held-out score over t: its mean over seeds, in a band of one deviation."""
+    curves = importlib.import_module("claim_curves")
+    runs = [dict(layers=["a", "b", "c"], held_out=[[0.1, 0.2], [0.5, 0.4], [0.3, top]]) for top in (0.4, 0.6)]
+    mean, spread = curves.curve(runs)
+    assert error(mean, [20, 50, 50]) < 1e-6 and error(spread, [0, 0, 20 / 2 ** 0.5]) < 1e-6
+    seen = []
+    for found in (runs, runs[:1]):                              # of one seed there is no band
+        curves.draw("a title", "b", {"z": found}, tmp_path / "z.png")
+        with Image.open(tmp_path / "z.png") as image:
+            colours = {colour: n for n, colour in image.getcolors(10**6)}
+        seen.append(colours[0x1f, 0x77, 0xb4] > 500 and colours.get((210, 228, 240), 0) > 500)
+    assert seen == [True, False]
 
 
 def test_study_pairs(study):
