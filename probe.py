@@ -538,6 +538,14 @@ def draw_map(pen, left, top, result, shade):
             pen.text((x, y), f"{100 * result['held_out'][i][j]:.1f}", "black", anchor="mm")
 
 
+def draw_grid(pen, ends, right, bottom):
+    """Lines behind curves, from x = 100 on and 460 high, and their values; ends: the lowest, the highest."""
+    for value in np.linspace(*ends, 6):
+        y = np.interp(value, ends, (bottom, bottom - 460))
+        pen.line((100, y, right, y), "#dddddd", 2)
+        pen.text((90, y), f"{value:.1f}", "black", anchor="rm")
+
+
 def draw_curves(results, file):
     """Layer curves of probed runs as a PNG: each layer's best held-out score over t; z is a large dot."""
     what = f"{METRICS[results[0]['metric']]} of linear probes, held out (%), best t; large dot: z"
@@ -546,10 +554,7 @@ def draw_curves(results, file):
     ends = max(min(map(min, curves)) - 0.5, 0), min(max(map(max, curves)) + 0.5, 100)
     right, bottom = 130 + max(900, 110 * len(curves[0])), 560 + 36 * len(results)
     picture, pen = canvas(right + 80, bottom + 30 + 30 * len(results), [(what, "black"), *heading])
-    for value in np.linspace(*ends, 6):
-        y = np.interp(value, ends, (bottom, bottom - 460))
-        pen.line((100, y, right, y), "#dddddd", 2)
-        pen.text((90, y), f"{value:.1f}", "black", anchor="rm")
+    draw_grid(pen, ends, right, bottom)
     for n, (result, curve, (_, colour)) in enumerate(zip(results, curves, heading)):
         y = np.interp(curve, ends, (bottom, bottom - 460))
         points = list(zip(np.linspace(130, right, len(curve)), y))

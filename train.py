@@ -869,17 +869,13 @@ def encode_share(vae, source, folder, start, stop, size):
 
 
 def check_meta(meta):
-    """Raises anything where this, of meta.json or a checkpoint, is not what encode writes."""
+    """Raises anything where this, of meta.json, is not what encode writes."""
     moments = np.array([meta["mean"], meta["std"]])
     require(moments.shape == (2, meta["shape"][0]), "mean and std do not fit the shape")
     require(np.isfinite(moments).all() and moments[1].min() > 0, "mean or std cannot be")
     require(type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
-    check_names(meta["classes"])
-
-
-def check_names(classes):
-    require(type(classes) is list, "classes are no list")
-    require(all(type(name) is str for name in classes), "a class is no name")
+    require(type(meta["classes"]) is list, "classes are no list")
+    require(all(type(name) is str for name in meta["classes"]), "a class is no name")
 
 
 def load_latents(root, split):
@@ -905,8 +901,8 @@ def load_latents(root, split):
 
 # --- device and run tools -----------------------------------------------------------------------------------
 
-# gather, same_everywhere, in_every_process and from_first: all processes must come to each such
-# call, in the same order. What may fail in one of them alone is work for in_every_process, so that all end.
+# gather, same_everywhere, in_every_process and from_first: all processes must come to each such call, in the
+# same order. What may fail in one of them alone is work for in_every_process, so that all end.
 
 def setup(name):
     """Device name -> torch.device, rank, world size; joins the others under torchrun. Raises UserError."""

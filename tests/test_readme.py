@@ -443,7 +443,7 @@ def test_claim_tables(study, tmp_path, monkeypatch):
             lines.append(dict(network="dit", variant=variant, seed=seed, test=test, loss=0.1,
                               distance=dict(classifier=distance, imagenet=100)))
     (tmp_path / "claim.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    runs = claim.read_claim()
+    runs = claim.read_runs("claim.jsonl")
     levels, differences = "\n".join(claim.level_rows(runs)), "\n".join(claim.difference_rows(runs))
     assert "| DiT 14.5 M | z | 10, 11 | 7.60, 9.40 | 100.0, 100.0 | 61.0, 64.0 | -, - |" in levels
     cells = "-5.5 [-11.9, +0.9] | +0.0 [+0.0, +0.0] | +1.5 [-4.9, +7.9] |"
@@ -452,7 +452,7 @@ def test_claim_tables(study, tmp_path, monkeypatch):
     assert "| z + distillation, distillation |" not in differences           # there is no such run
 
 
-def test_claim_curves(study, tmp_path, monkeypatch):
+def test_claim_curves(study, tmp_path):
     """A layer's best held-out score over t: its mean over seeds, in a band of one deviation."""
     curves = importlib.import_module("claim_curves")
     runs = [dict(layers=["a", "b", "c"], held_out=[[0.1, 0.2], [0.5, 0.4], [0.3, top]]) for top in (0.4, 0.6)]

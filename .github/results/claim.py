@@ -52,40 +52,13 @@ def cell(differences, digits):
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def table():
-    """-> the table, in Markdown."""
-    rows = ["| network | distance (lower is better) | probe accuracy, points |", "|---|---|---|"]
-    for title, network, variant in ROWS:
-        lines = (HERE / f"pairs-{network}.jsonl").read_text().splitlines()
-        runs = {}
-        for line in lines:
-            run = json.loads(line)
-            runs[run["variant"], run["seed"]] = run
-        seeds = [seed for name, seed in runs if name == variant]
-        distances, points = [], []
-        for seed in seeds:
-            run, baseline = runs[variant, seed], runs["baseline", seed]
-            distances.append(run["distance"] - baseline["distance"])
-            points.append(100 * (run["test"] - baseline["test"]))
-        rows.append(f"| {title} | {cell(distances, 2)} | {cell(points, 1)} |")
-    return "\n".join(rows)
-
-
-# --- claim.md ---
-
-def read_claim():
-    """-> {(network, variant): {seed: run}}."""
+def read_runs(file):
+    """Lines of a file -> {(network, variant): {seed: run}}."""
     runs = {}
-    for line in (HERE / "claim.jsonl").read_text().splitlines():
+    for line in (HERE / file).read_text().splitlines():
         run = json.loads(line)
         runs.setdefault((run["network"], run["variant"]), {})[run["seed"]] = run
     return runs
-
-
-def forms(z, weight):
-    """-> title and variant of each form of a network."""
-    return {"baseline": "baseline", "z": z, "distillation": f"baseline distill {weight}",
-            "z + distillation": f"{z} distill {weight}"}
 
 
 def value(run, place, factor):
@@ -93,6 +66,36 @@ def value(run, place, factor):
     for name in place:
         run = run.get(name) if run else None
     return None if run is None else factor * run
+
+
+def compare(ours, theirs, place, factor, digits, relative):
+    """Runs of two forms by seed -> a cell of what a measure says of them, over the seeds that both have."""
+    differences = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        a, b = value(ours[seed], place, factor), value(theirs[seed], place, factor)
+        if a is not None and b is not None:
+            differences.append(100 * (a / b - 1) if relative else a - b)
+    return cell(differences, digits) if differences else "-"
+
+
+def table():
+    """-> the first page's table, in Markdown."""
+    rows = ["| network | distance (lower is better) | probe accuracy, points |", "|---|---|---|"]
+    for title, network, variant in ROWS:
+        runs = read_runs(f"pairs-{network}.jsonl")
+        pair = runs[network, variant], runs[network, "baseline"]
+        distance = compare(*pair, ("distance",), 1, 2, relative=False)
+        points = compare(*pair, ("test",), 100, 1, relative=False)
+        rows.append(f"| {title} | {distance} | {points} |")
+    return "\n".join(rows)
+
+
+# --- claim.md ---
+
+def forms(z, weight):
+    """-> title and variant of each form of a network."""
+    return {"baseline": "baseline", "z": z, "distillation": f"baseline distill {weight}",
+            "z + distillation": f"{z} distill {weight}"}
 
 
 def level_rows(runs):
@@ -120,22 +123,14 @@ def difference_rows(runs):
         for form, other in (("z + distillation", "baseline"), ("z", "baseline"),
                             ("distillation", "baseline"), ("z + distillation", "distillation")):
             ours, theirs = runs.get((name, variants[form]), {}), runs.get((name, variants[other]), {})
-            cells = [compare(ours, theirs, *measure[1:]) for measure in MEASURES]
+            cells = [compare(ours, theirs, place, factor, digits, relative)
+                     for _, place, factor, _, digits, relative in MEASURES]
             if set(cells) != {"-"}:
                 yield f"| {title} | {form}, {other} | {' | '.join(cells)} |"
 
 
-def compare(ours, theirs, place, factor, _, digits, relative):
-    """A cell of what a measure says of two forms, over the seeds that both have."""
-    differences = []
-    for seed in sorted(ours.keys() & theirs.keys()):
-        a, b = value(ours[seed], place, factor), value(theirs[seed], place, factor)
-        if a is not None and b is not None:
-            differences.append(100 * (a / b - 1) if relative else a - b)
-    return cell(differences, digits) if differences else "-"
-
-
 if __name__ == "__main__":
     print(table())
-    print("\n".join(level_rows(read_claim())))
-    print("\n".join(difference_rows(read_claim())))
+    runs = read_runs("claim.jsonl")
+    print("\n".join(level_rows(runs)))
+    print("\n".join(difference_rows(runs)))

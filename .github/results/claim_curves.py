@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
@@ -17,7 +17,6 @@ import claim  # noqa: E402
 import probe  # noqa: E402
 
 COLOURS = {"baseline": "#222222", "z": "#1f77b4", "distillation": "#ff7f0e", "z + distillation": "#d62728"}
-LEFT, TOP, HEIGHT, STEP = 110, 140, 460, 90         # in pixels; STEP from layer to layer
 
 
 def curve(runs):
@@ -32,25 +31,21 @@ def draw(title, bottleneck, found, file):
     """found: form -> its runs; bottleneck: the layer of z, marked below."""
     names = next(iter(found.values()))[0]["layers"]
     curves = {form: curve(runs) for form, runs in found.items()}
-    low = min((mean - spread).min() for mean, spread in curves.values()) - 0.5
-    high = max((mean + spread).max() for mean, spread in curves.values()) + 0.5
-    right, bottom = LEFT + STEP * len(names), TOP + HEIGHT
-    picture = Image.new("RGB", (right + 30, bottom + 60), "white")
-    pen = ImageDraw.Draw(picture, "RGBA")
-    pen.font = probe.FONT
-    pen.text((20, 30), f"{title}: probe accuracy, held out (%), best t", "black", anchor="lm")
-    for value in np.linspace(low, high, 6):
-        y = np.interp(value, (low, high), (bottom, TOP))
-        pen.line((LEFT - 20, y, right, y), "#dddddd", 2)
-        pen.text((LEFT - 30, y), f"{value:.1f}", "black", anchor="rm")
-    x = LEFT + STEP * (np.arange(len(names)) + 0.5)
-    for n, (form, (mean, spread)) in enumerate(curves.items()):
-        y, above, below = (np.interp(values, (low, high), (bottom, TOP))
+    ends = (min((mean - spread).min() for mean, spread in curves.values()) - 0.5,
+            max((mean + spread).max() for mean, spread in curves.values()) + 0.5)
+    heading = [(f"{title}: probe accuracy, held out (%), best t", "black"),
+               *((f"{form} ({len(runs)})", COLOURS[form]) for form, runs in found.items())]
+    right, bottom = 130 + 90 * len(names), 560 + 36 * len(found)
+    picture, pen = probe.canvas(right + 30, bottom + 60, heading)
+    probe.draw_grid(pen, ends, right, bottom)
+    glass = ImageDraw.Draw(picture, "RGBA")                 # paints what one sees through
+    x = 145 + 90 * np.arange(len(names))
+    for form, (mean, spread) in curves.items():
+        y, above, below = (np.interp(values, ends, (bottom, bottom - 460))
                            for values in (mean, mean + spread, mean - spread))
         if len(found[form]) > 1:
-            pen.polygon([*zip(x, above), *zip(x[::-1], below[::-1])], COLOURS[form] + "33")
+            glass.polygon([*zip(x, above), *zip(x[::-1], below[::-1])], COLOURS[form] + "33")
         pen.line([*zip(x, y)], COLOURS[form], 4)
-        pen.text((20 + 260 * n, 75), f"{form} ({len(found[form])})", COLOURS[form], anchor="lm")
     for place, name in zip(x, names):
         colour = "red" if name == bottleneck else "black"
         pen.text((place, bottom + 25), name.replace("block_", ""), colour, anchor="mm")
@@ -58,7 +53,7 @@ def draw(title, bottleneck, found, file):
 
 
 def main():
-    runs = claim.read_claim()
+    runs = claim.read_runs("claim.jsonl")
     for title, name, z, weight in claim.NETWORKS:
         found = {form: [*runs[name, variant].values()]
                  for form, variant in claim.forms(z, weight).items() if (name, variant) in runs}

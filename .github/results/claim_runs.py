@@ -9,7 +9,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -21,7 +20,6 @@ sys.path.insert(0, str(HERE))
 import claim  # noqa: E402
 import study  # noqa: E402
 
-IMAGES = 1_400_000
 FLAGS = {
     "unet": "--schedule flow --lr 5e-4",
     "uvit": "--schedule edm --lr 2e-3 --warmup 150000",
@@ -58,21 +56,20 @@ def main(argv=None):
     parser.add_argument("--data", required=True, help="the original CIFAR-10, as a folder")
     parser.add_argument("--transfer", required=True, help="Tiny-ImageNet at 32 pixels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14, 15])
-    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--images", type=int, default=1_400_000)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--minutes", type=float, default=1e6, help="no run starts later")
     parser.add_argument("--runs", default="runs/claim")
     parser.add_argument("--out", default="claim.jsonl")
     parser.add_argument("--study", default=str(HERE / "study.py"), help="the script that makes a run")
     args = parser.parse_args(argv)
     there = study.read(args.out) if Path(args.out).exists() else []
     done = {(r["network"], r["variant"], r["seed"]) for r in there}
-    left, lock, begun = jobs(args.seeds, done), Lock(), time.time()
+    left, lock = jobs(args.seeds, done), Lock()
 
     def work(gpu):
         while True:
             with lock:
-                if not left or time.time() - begun > 60 * args.minutes:
+                if not left:
                     return
                 job = left.pop(0)
                 print("begins", gpu, *job, flush=True)

@@ -221,7 +221,7 @@ def difference(values, digits):
     """Mean [paired 95 % t-interval]; of one pair, that pair."""
     if not values or any(map(math.isnan, values)):
         return "-"
-    return claim.cell(values, digits) if len(values) > 1 else f"{values[0]:+.{digits}f}"
+    return claim.cell(values, digits)
 
 
 def main(argv=None):
