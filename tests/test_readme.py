@@ -424,8 +424,9 @@ def test_claim_runs(study, tmp_path, capfd):
     assert len(lines) == len(found) == 2 * 12 - 2 and ("uvit", "mid", 10) not in found
     assert ("dit", "baseline distill 0.02", 11) in found and ("unet", "mid distill 0.005", 10) in found
     assert all("--decay 500" in r["flags"] for r in lines[1:])
-    begins = re.findall("begins 0 (\\w+) (.*) 10\n", capfd.readouterr().out)
-    assert begins[:3] == [(name, "baseline") for name in ("unet", "uvit", "dit")] and len(begins) == 12
+    begins = re.findall("begins 0 (\\w+) (.*) (\\d+)\n", capfd.readouterr().out)
+    assert begins[:3] == [(name, "baseline", "10") for name in ("unet", "uvit", "dit")]
+    assert ("dit", "block_6", "10") in begins[11:]               # after the primary pairs of both seeds
     runs.main([*flags.split(), "--study", str(fake)])
     said = capfd.readouterr().out
     assert said.count("begins") == said.count("FAILED 0 uvit mid") == 2

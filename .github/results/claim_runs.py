@@ -25,13 +25,17 @@ FLAGS = {
     "uvit": "--schedule edm --lr 2e-3 --warmup 150000",
     "dit": "--schedule edm --lr 1e-3",
 }
+ORDER = ("baseline", "z + distillation"), ("z", "distillation")      # the primary comparison first
 
 
 def jobs(seeds, done):
-    """-> [(network, variant, seed), ...] that are not done, seed by seed: so pairs are complete early."""
-    forms = [[(name, variant) for variant in claim.forms(z, weight).values()]
-             for _, name, z, weight in claim.NETWORKS]
-    every = [(name, variant, seed) for seed in seeds for same in zip(*forms) for name, variant in same]
+    """-> [(network, variant, seed), ...] that are not done, in an order that completes pairs early."""
+    every = []
+    for titles in ORDER:
+        for seed in seeds:
+            for title in titles:
+                for _, name, z, weight in claim.NETWORKS:
+                    every.append((name, claim.forms(z, weight)[title], seed))
     return [job for job in every if job not in done]
 
 
