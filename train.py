@@ -12,6 +12,7 @@ training is, begin at the end: train, loop, advance, train_step, forward_backwar
 """
 import argparse
 import copy
+import fcntl
 import functools
 import glob
 import hashlib
@@ -31,7 +32,7 @@ import warnings
 import zipfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
@@ -313,7 +314,9 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
                                             f"{image_size}: leave --image-size out.")
         return data
     if vae:
-        return load_latents(encode(spec, image_size, vae, device, skip_bad, check), split)
+        with alone(lambda: folder_of(spec) if spec.startswith("folder:") else Path()):
+            made = encode(spec, image_size, vae, device, skip_bad, check)
+        return load_latents(made, split)
     if spec.startswith("folder:"):
         return load_folder(in_every_process(lambda: folder_of(spec)), split, image_size or 32, skip_bad)
     if spec in ("cifar10", "cifar100"):
@@ -751,6 +754,27 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
             shutil.rmtree(part, ignore_errors=True)
     say(f"latents: {out}")
     return out
+
+
+@contextmanager
+def alone(folder):
+    """One program a machine at a time goes on behind this: two runs begun together encode folder() once."""
+    number = in_every_process(lambda: os.open(folder(), os.O_RDONLY))
+    try:
+        if processes()[0] == 0:                     # the others wait for it as for anything it does
+            with suppress(OSError):                 # not every drive knows locks
+                lock(number)
+        yield
+    finally:
+        os.close(number)                            # lets go, as the end of a program does
+
+
+def lock(number):
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another program makes latents of these images: waiting for it")
+        fcntl.flock(number, fcntl.LOCK_EX)
 
 
 def stamp_of_latents(spec, size, name):

@@ -6,6 +6,9 @@ import os
 import runpy
 import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +128,32 @@ def test_encode(latents, photos, vae):
     assert len(meta.pop("stamp")) == 64
     assert meta == dict(vae=str(vae.resolve()), image_size=SIZE, classes=["a", "b"], shape=[4, SIDE, SIDE])
     assert latents == photos.with_name(f"photos-{SIZE}px-small-kl") and not [*latents.parent.glob("*.part")]
+
+
+def test_encode_at_once(mine, vae, monkeypatch, capsys):
+    """Of two programs that want the same latents one makes them, and the other waits, and says so."""
+    begun, made = threading.Event(), []
+    load_vae, put_in_place = train.load_vae, train.put_in_place
+
+    def slow_vae(*args):
+        begun.set()
+        time.sleep(0.5)
+        return load_vae(*args)
+
+    def count(*args):
+        made.append(1)
+        put_in_place(*args)
+    monkeypatch.setattr(train, "load_vae", slow_vae)
+    monkeypatch.setattr(train, "put_in_place", count)
+
+    def want():
+        return train.load_data(f"folder:{mine}", "train", SIZE, vae=str(vae))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(want)
+        assert begun.wait(60)
+        second = pool.submit(want)
+        assert torch.equal(first.result().images, second.result().images) and made == [1]
+    assert capsys.readouterr().out.count("waiting for it") == 1
 
 
 def test_place(mine, vae, tmp_path, monkeypatch):
