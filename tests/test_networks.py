@@ -16,7 +16,6 @@ import train
 import unet_selfcond
 import uvit_selfcond
 from conftest import CPU, config, error, few_shapes
-from diffusion import make_projector
 
 MODULES = {"unet": unet_selfcond, "uvit": uvit_selfcond, "dit": dit_selfcond}
 NETS = {"unet": unet_selfcond.UNet, "uvit": uvit_selfcond.UViT, "dit": dit_selfcond.DiT}
