@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
-from torchvision.transforms.functional import rgb_to_grayscale
 
 from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_no_weights,
                    check_source, check_writable, command, load_data, load_source, mix, moments_of,
@@ -44,11 +43,11 @@ NEIGHBOURS = 20             # of --knn, as in DINO (arXiv 2104.14294)
 TEMPERATURE = 0.07          # of their votes, likewise
 ALIKE = ["data", "levels", "train_images", "augment", "seed"]   # in runs that are compared
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
-VOC = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
        "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
        "train", "tvmonitor"]
 
-# what is probed: images (N, C, S, S) uint8; targets (N,) classes, or (N, S, S) classes of pixels
+# what is probed: images (N, C, S, S), uint8, or latents; targets (N,) classes, or (N, S, S) those of pixels
 Part = namedtuple("Part", "images targets")
 # and with what: net(x, t, return_features=True), its diffusion, where and how it runs
 Source = namedtuple("Source", "net diffusion autocast device moments", defaults=[None])
@@ -71,8 +70,6 @@ def parse(argv):
     flag("--compare", nargs="+", metavar="RUN", help="draw curves and maps of these probed runs")
     flag("--seed", type=whole_number, default=0, help="of held-out part, noise, views, pixels [0]")
     flag("--batch-size", type=whole_number, default=500, help="images of a forward pass [500]")
-    flag("--device", help="cuda, mps or cpu [the first of these that is there]")
-    flag("--precision", choices=["bf16", "fp16", "fp32"], help="[that of the training]")
     args = parser.parse_args(argv)
     require(bool(args.run or args.weights) != bool(args.compare),
             "give either the folder of a run, or --weights, or --compare and some.")
@@ -124,6 +121,8 @@ def load_any(spec, split, state, device):
     if spec == "voc":
         return load_voc(split, side)
     if state["latents"] and not spec.startswith("latents:"):    # images, encoded as in the training
+        require(cfg.vae, f"{spec} is not of the kind that was trained on ({state['latents']['vae']}): give "
+                         "latents of the same VAE.")
         return load_data(spec, split, cfg.image_size, cfg.skip_bad, cfg.vae, device)
     return load_data(spec, split, side, cfg.skip_bad)
 
@@ -138,20 +137,11 @@ def load(spec, split, task, state, device):
     require(trained_on == found,
             f"{spec} is not of the kind that was trained on ({trained_on}): use images for a network of "
             "images, latents of the same VAE for one of latents.")
-    require(latents or images.dtype == torch.uint8,
-            f"{spec} has {images.dtype} images: give uint8, 0 to 255.")
-    require(C == channels or {C, channels} == {1, 3},
-            f"{spec} has {C} channels, the network {channels}: probe it on data with as many.")
-    if C < channels:
-        images = images.expand(-1, 3, -1, -1)
-    if C > channels:
-        images = rgb_to_grayscale(images)
+    require(C == channels, f"{spec} has {C} channels, the network {channels}: probe it on data with as many.")
     if task == "segment":
         require(data.masks is not None,
                 f"--task segment needs masks, {spec} has none: use --data shapes:full or voc.")
-        classes = data.classes if spec == "voc" else ["background", *data.classes]
-        return Part(images, data.masks), classes
-    require(data.labels is not None, f"{spec} has no class per image: use --task segment.")
+        return Part(images, data.masks), ["background", *data.classes]
     require(len(data.classes) > 1,
             f"{spec} has one class, {data.classes[0]}: probes need two or more, sort the images into "
             "train/<class>/ and test/<class>/.")
@@ -432,10 +422,10 @@ def raw_pixels(x, t, return_features, dense):
     return x, {"pixels": row[:, :, None, None]}
 
 
-def references(cfg, state, source, train, test, K, args):
-    """The same study of the network as it was before training, and of the pixels themselves."""
-    torch.manual_seed(mix(cfg.seed))
-    net, _ = build(cfg, state["shape"], state["num_classes"], source.device)
+def references(state, source, train, test, K, args):
+    """The same study of the network with the random weights of its seed, and of the pixels themselves."""
+    torch.manual_seed(mix(state["config"].seed))
+    net, _ = build(state["config"], state["shape"], state["num_classes"], source.device)
     untrained = source._replace(net=net.eval())
     pixels = source._replace(net=partial(raw_pixels, dense=args.task == "segment"))
     return dict(untrained=study(untrained, train, test, K, args.t, args),
@@ -634,6 +624,8 @@ def probe_run(args):
     cfg.skip_bad = cfg.skip_bad or args.skip_bad
     for t in args.t:
         require(0 <= t < T, f"--t {t} is out of range: use 0 to {T - 1}.")
+    require(not state["latents"] or args.task == "classify",
+            "--task segment needs masks, and this run was trained on latents: leave it out.")
     require(not state["latents"] or not args.augment,
             "--augment flips and shifts images, and this run was trained on latents: leave it out.")
     begun = time.time()
@@ -663,7 +655,7 @@ def probe_run(args):
         write_result(result, path, loaded)
         say(f"{NEIGHBOURS} nearest neighbours there: test {100 * result['knn']:.1f} %")
     if args.references:
-        result["references"] = references(cfg, state, source, train, test, K, args)
+        result["references"] = references(state, source, train, test, K, args)
         write_result(result, path, loaded)
         for name, reference in result["references"].items():
             beaten = result["test"][result["metric"]] > reference["test"][result["metric"]]

@@ -49,8 +49,6 @@ def parse(argv):
     flag("--skip-bad", action="store_true", help="leave out unreadable images, for --fid")
     flag("--denoise", action="store_true", help="a picture of the reverse process instead")
     flag("--compile", action=BooleanOptionalAction, help=f"[from {COMPILE_FROM:,} images a GPU on]")
-    flag("--device", help="cuda, mps or cpu [the first of these that is there]")
-    flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
     args = parser.parse_args(argv)
     check_source(args)
     require(args.weights or not args.data, "--data is for --weights: leave it out, the run knows it.")
@@ -183,8 +181,8 @@ def fid(images, real, weights, device):
     return metrics["frechet_inception_distance"]
 
 
-def check(args, state, diffusion, ids):
-    """Do the flags fit the run? Fills in --steps and --guidance. Raises UserError."""
+def complete(args, state, diffusion, ids):
+    """Fills in --steps and --guidance, where the flags fit the run. Raises UserError."""
     try:
         usual = diffusion.default_steps(args.sampler)
     except ValueError as e:
@@ -212,8 +210,8 @@ def to_compile(args, device, world):
 
 def write(args, run, images, ids, how):
     """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
-    columns = len(ids) if ids and len(ids) > 1 else math.isqrt(args.count)
-    shown = images[:max(100, columns)].float() / 127.5 - 1
+    shown = images[:max(100, len(ids or []))].float() / 127.5 - 1            # 100, or one a class
+    columns = len(ids) if ids and len(ids) > 1 else math.isqrt(len(shown))
     picture, archive = (run / f"{args.out or 'samples'}.{suffix}" for suffix in ("png", "npz"))
     replaced = ", in place of another" if picture.exists() else ""
     if args.npz:
@@ -232,7 +230,7 @@ def main(argv=None):
     cfg, run = state["config"], Path(args.run)
     check_writable(run)
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
-    check(args, state, diffusion, ids)
+    complete(args, state, diffusion, ids)
     compiled = to_compile(args, device, world)
     whose = "public weights"
     if not args.weights:

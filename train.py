@@ -156,7 +156,8 @@ class Config:
     schedule: str = flag("linear", "path from images to noise [linear]", list(SCHEDULES))
     target: str = flag(None, "what the network predicts [edm, flow: v; else eps]", TARGETS)
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
-    precision: str = flag(None, "[bf16 or fp16 on CUDA, else fp32]", ["bf16", "fp16", "fp32"])
+    precision: str = flag(None, "fp32 is TF32 on CUDA [bf16 or fp16 on CUDA, else fp32]",
+                          ["bf16", "fp16", "fp32"])
     compile: bool = flag(True, "torch.compile and CUDA graphs, where CUDA and Triton are [on]")
     resident: bool = flag(None, "hold the data on the device [where it fills less than half of what is free]")
 
@@ -294,7 +295,8 @@ def parse_config(argv=None):
 
 # --- data sets ----------------------------------------------------------------------------------------------
 
-# images (N, C, H, W) uint8; labels (N,) int64; masks (N, H, W) uint8, k + 1 for class k, 0 around; or None.
+# images (N, C, H, W) uint8; labels (N,) int64, or None; masks (N, H, W) uint8, k + 1 for class k, 0 around,
+# 255 unknown; or None.
 # Latents: images (N, C, h, w) float16; both: these and the flipped images' (2, N, C, h, w); meta: see encode.
 Data = namedtuple("Data", "images labels masks classes both meta", defaults=[None, None])
 
@@ -306,7 +308,7 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
     their shape (C, h, w) pass. All processes call this.
     """
     if spec.startswith("latents:"):
-        data = load_latents(in_every_process(lambda: folder_of(spec)), split)
+        data = in_every_process(lambda: load_latents(folder_of(spec), split))
         same_everywhere(lambda: [data.meta, len(data.labels)],
                         f"{spec} is another on another machine: copy it anew, or share a drive.")
         side = data.images.shape[-1]
@@ -316,7 +318,7 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
     if vae:
         with alone(lambda: folder_of(spec) if spec.startswith("folder:") else Path()):
             made = encode(spec, image_size, vae, device, skip_bad, check)
-        return load_latents(made, split)
+        return in_every_process(lambda: load_latents(made, split))
     if spec.startswith("folder:"):
         return load_folder(in_every_process(lambda: folder_of(spec)), split, image_size or 32, skip_bad)
     if spec in ("cifar10", "cifar100"):
@@ -457,13 +459,14 @@ def open_image(path):
     if not path.is_file():                          # a pipe would never end
         raise ValueError("it is no file, or a link to none")
     with Image.open(path) as image:
-        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))     # 16 bits of grey
-        if image.mode in ("I", "F"):
+        grey16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+        if image.mode in ("I", "F") and not grey16:
             raise ValueError("its pixels are numbers without a white")
         image.load()
         with suppress(Exception):                   # EXIF that is broken says nothing
             image = ImageOps.exif_transpose(image)
+        if grey16:
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -530,6 +533,7 @@ def load_folder(root, split, size, skip_bad):
     if all(gather(images is not None)):             # in every process
         return Data(images, labels, None, classes)
     images, good = decode_together(files, size, skip_bad, split)
+    labels = leave_out(good, labels, classes, root, split)
     if images.max() < 64:
         say(f"the images of {root} are nearly black, their brightest value is {images.max()} of 255: if they "
             "have 16 bits and use fewer, stretch them.")
@@ -538,7 +542,6 @@ def load_folder(root, split, size, skip_bad):
             try_to("keep the decoded images", lambda: save_file(
                 cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp)))
         return Data(images, labels, None, classes)
-    labels = leave_out(good, labels, classes, root, split)
     for k, i in enumerate(good.nonzero()):          # in place: twice the memory may not be there
         images[k] = images[i]
     return Data(images[:len(labels)], labels, None, classes)
@@ -725,9 +728,11 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
     if whole:
         return out
     vae = in_every_process(lambda: load_vae(name, device))
+    C = vae.config.in_channels
+    require(C == 3, f"{name} encodes images of {C} channels, not of 3: choose another --vae.")
     require(size % scale_of(vae) == 0,
             f"--image-size {size} does not fit {name}: use a multiple of {scale_of(vae)}.")
-    blank = torch.zeros(1, vae.config.in_channels, size, size, device=vae.device)
+    blank = torch.zeros(1, 3, size, size, device=vae.device)
     shape = list(to_latents(vae, blank).shape[1:])
     if check:
         check(shape)
@@ -750,7 +755,7 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
         meta |= dict(classes=classes, shape=shape, mean=mean.tolist(), std=std.tolist(), stamp=stamp)
         from_first(lambda: put_in_place(part, out, meta))
     finally:
-        if processes()[0] == 0:
+        if is_first():
             shutil.rmtree(part, ignore_errors=True)
     say(f"latents: {out}")
     return out
@@ -761,7 +766,7 @@ def alone(folder):
     """One program a machine at a time goes on behind this: two runs begun together encode folder() once."""
     number = in_every_process(lambda: os.open(folder(), os.O_RDONLY))
     try:
-        if processes()[0] == 0:                     # the others wait for it as for anything it does
+        if is_first():                              # the others wait for it as for anything it does
             with suppress(OSError):                 # not every drive knows locks
                 lock(number)
         yield
@@ -803,14 +808,15 @@ def find_latents(spec, size, name, stamp):
             if json.loads((place / "meta.json").read_text())["stamp"] == stamp:
                 return place, True
     for place in places:
-        if can_write_beside(place):
+        if make_room(place):
             require(not place.exists() or (place / "meta.json").exists(),
                     f"{place} is in the way of the latents and holds none: move it.")
             return place, False
     raise UserError(f"neither {places[0].parent} nor data can be written: make one of them writable.")
 
 
-def can_write_beside(place):
+def make_room(place):
+    """Makes the folder that a place lies in -> may files be written there?"""
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         return os.access(place.parent, os.W_OK)
@@ -851,9 +857,6 @@ def encode_split(vae, source, labels, folder, size, shape):
     """Writes latents.npy, of this shape each, and labels.npy -> number, sum, sum of squares (3, C)."""
     rank, world = processes()
     start, stop = rank * len(labels) // world, (rank + 1) * len(labels) // world
-    C = vae.config.in_channels
-    require(not torch.is_tensor(source) or source.shape[1] == C,
-            f"the images do not have the {C} channels of the VAE: choose another --vae.")
     from_first(lambda: make_files(folder, (2, len(labels), *shape), labels))
     sums = in_every_process(lambda: encode_share(vae, source, folder, start, stop, size))
     return torch.stack(gather(sums)).sum(0)
@@ -878,7 +881,7 @@ def encode_share(vae, source, folder, start, stop, size):
             images = source[k:min(k + batch, stop)]
             if not torch.is_tensor(images):
                 images, _ = decode_all(images, size, skip_bad=False)
-            x = images.to(vae.device).float() / 127.5 - 1
+            x = to_x0(images.to(vae.device), None)
             for half, view in enumerate((x, x.flip(3))):
                 z = to_latents(vae, view).half().cpu()                       # (n, C, h, w)
                 require(z.isfinite().all(), "the VAE makes latents that float16 does not hold.")
@@ -995,8 +998,7 @@ def same_everywhere(value, message):
 
 def from_first(work):
     """What work() gives in the first process, which alone does it. Raises UserError in all."""
-    rank, _ = processes()
-    result = in_every_process(work if rank == 0 else lambda: None)
+    result = in_every_process(work if is_first() else lambda: None)
     return gather(result)[0]
 
 
@@ -1038,7 +1040,7 @@ def pick_autocast(name, device):
         with torch.autocast(device.type, dtype):
             torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
     except Exception as e:
-        say(f"{name} does not work on {device} ({e}): going on in fp32")
+        say_once(f"{name} does not work on {device} ({e}): going on in fp32")
         return nullcontext, None
     # no cache: each weight is used once, and CUDA graphs forbid it
     return lambda: torch.autocast(device.type, dtype, cache_enabled=False), dtype
@@ -1296,7 +1298,7 @@ def load_weights(args, device):
     """--weights and its flags -> what load_run gives of a run of them. Raises UserError."""
     flags = ["--init", args.weights, "--no-self-cond", "--schedule", "linear", "--target", "eps"]
     for name in ("model", "size", "data", "image_size"):
-        if getattr(args, name):
+        if getattr(args, name) is not None:
             flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     cfg = parse_config(flags)
     weights, meta, shape = read_public(cfg), None, [3, cfg.image_size, cfg.image_size]
@@ -1315,13 +1317,15 @@ def load_weights(args, device):
 # a run or public weights, for probe.py and sample.py
 
 def add_source(parser):
-    """The flags that say what network it is."""
+    """The flags that say what network it is, and how it runs."""
     flag = parser.add_argument
     flag("run", nargs="?", help="folder of a run of train.py")
     flag("--weights", metavar="FILE", help="public weights in its place; results: runs/<name of the file>")
     flag("--model", choices=list(MODELS), help="of --weights [dit]")
     flag("--size", help="of --weights, one of the network's SIZES [small; unet: base]")
     flag("--image-size", type=whole_number, help="of --weights, side in pixels [32]")
+    flag("--device", help="cuda, mps or cpu [the first of these that is there]")
+    flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
 
 
 def check_source(args):
@@ -1593,11 +1597,11 @@ def keys_of(run, view, t):
         return teacher_keys(run.ema, view, t, run.micro)
 
 
-def all_keys(run, x0, step):
+def all_keys(run, x0):
     """What the teacher says of another view of each image of the whole batch -> (B, 128)."""
     if distill_weight(run.cfg, run.images) == 0:                 # then the teacher costs nothing
         return torch.zeros(run.cfg.batch_size, 128, device=run.device)       # a graph wants keys
-    keys = run.keys_of(*run.batches.noisy_view(x0, step))
+    keys = run.keys_of(*run.batches.noisy_view(x0, run.step))
     if run.world == 1:
         return keys
     every = [torch.empty_like(keys) for _ in range(run.world)]
@@ -1646,15 +1650,15 @@ def average_gradients(weights, world):
         grad.copy_(mean.view_as(grad))              # in place: a graph writes there again
 
 
-def train_step(run, step):
+def train_step(run):
     """The gradients of a batch, and a step of the optimiser; the losses go into run.meter."""
-    x0, t, noise, y = run.batches(step)
+    x0, t, noise, y = run.batches(run.step)
     keys = weight = None
     if run.cfg.distill:
         # a tensor: of a number a graph would keep the value at its capture
         weight = torch.full((), distill_weight(run.cfg, run.images), device=run.device)
-        keys = all_keys(run, x0, step)
-    torch.manual_seed(mix(run.cfg.seed, step, 2 + run.rank))     # dropout follows (seed, step) too
+        keys = all_keys(run, x0)
+    torch.manual_seed(mix(run.cfg.seed, run.step, 2 + run.rank))     # dropout follows (seed, step) too
     run.meter.losses += run.forward_backward(x0, t, noise, y, keys, weight)
     if run.world > 1:
         average_gradients(run.weights, run.world)
@@ -1671,8 +1675,8 @@ def finite_means(run, path):
     """-> mean denoising loss, mean distillation loss since the last record. Raises UserError: not finite."""
     *losses, norm = run.meter.means()
     require(all(map(math.isfinite, [*losses, norm])),
-            f"the loss is not finite between {run.meter.images} and {run.images} images, {path} is from "
-            "before: lower --lr.")
+            f"the loss is not finite between {run.meter.images} and {run.images} images (what {path} holds, "
+            "if it is there, is from before): lower --lr.")
     return losses
 
 
@@ -1844,7 +1848,7 @@ def advance(run):
     """One step of training: rate, gradients, weights, average -> the rate."""
     lr = learning_rate(run.cfg, run.images)
     run.optimizer.param_groups[0]["lr"] = lr
-    train_step(run, run.step)
+    train_step(run)
     run.images += run.cfg.batch_size
     update_ema(run)
     return lr

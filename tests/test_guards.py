@@ -408,6 +408,15 @@ def test_nearly_black(tmp_path, capsys):
     assert "nearly black" in capsys.readouterr().out
 
 
+def test_none_readable(tmp_path, capsys):
+    """Where no image can be read that is said, and not that they are black."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").write_bytes(b"no image")
+    with pytest.raises(train.UserError, match="none of the 1 images"):
+        train.load_data(f"folder:{tmp_path}/photos", "train", 8, skip_bad=True)
+    assert capsys.readouterr().out == ""
+
+
 # --- cheap before costly ---
 
 @pytest.mark.parametrize("flags, words", [("--image-size 7", "dit tiny 7"), ("--out {}", "too long")])

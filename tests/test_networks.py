@@ -306,7 +306,7 @@ def test_training_follows_aggregate(name, monkeypatch):
     cfg = config(f"--model {name} --distill 0.1")
     run = train.prepare(cfg, train.load_data(cfg.data, "train", cfg.image_size), CPU)
     log = watch(run.net.projector, run.ema.projector)
-    train.train_step(run, 0)
+    train.train_step(run)
     given = {m: args[0] for m, args, _ in log}
     assert len(log) == len(given) == 2
     for net in (run.net, run.ema):

@@ -75,7 +75,7 @@ def opened(folder, flags):
     args = sample.parse([str(folder), *flags.split()])
     state, net, diffusion = train.load_run(folder, CPU)
     ids = sample.class_ids(args.classes, state["classes"], state["config"].conditional)
-    sample.check(args, state, diffusion, ids)
+    sample.complete(args, state, diffusion, ids)
     assert not any(module.training for module in net.modules())
     return [args, state, net, diffusion, CPU, ids]
 
@@ -285,7 +285,7 @@ def test_files(root, capsys, monkeypatch, flags, names):
 
 @pytest.mark.parametrize("n, ids, columns, rows", [
     (23, range(10), 10, 3), (7, range(10), 7, 1), (5, [6, 7], 2, 3), (9, [6], 3, 3), (10, None, 3, 4),
-    (103, None, 10, 10), (130, range(120), 20, 6)])
+    (103, None, 10, 10), (400, None, 10, 10), (130, range(120), 20, 6)])
 def test_grid(tmp_path, n, ids, columns, rows):
     """samples.png: the first samples, 100 or one a class, row by row; of several classes, a column each."""
     images = torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8)

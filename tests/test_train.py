@@ -440,7 +440,7 @@ def test_dropout_of_processes(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     for rank in (0, 1, 0):
         run.rank = rank
-        train.train_step(run, 3)
+        train.train_step(run)
     assert seeds[0] == seeds[2] != seeds[1]
 
 
@@ -596,14 +596,14 @@ def test_one_step(monkeypatch, model, schedule, flags, images, weight):
     for p, q in zip(teacher.parameters(), found.ema.parameters(), strict=True):
         p.data += 0.1 * torch.randn_like(p)
         q.copy_(p)
-    found.images = images
-    train.train_step(found, 0)
+    found.images = plain.images = images
+    train.train_step(found)
     make = train.Batches(train.load_data("shapes", "train", 8), cfg, process, CPU)
-    x0, t, noise, y = make(0)
+    x0, t, noise, y = make(found.step)
     x_t, apart = process.add_noise(x0, t, noise), torch.zeros(())
     loss = process.error(net(x_t, t, y), x0, t, noise).mean()
     if weight:
-        z, keys = net.encode(x_t, t, y), teacher.encode(*make.noisy_view(x0, 0))
+        z, keys = net.encode(x_t, t, y), teacher.encode(*make.noisy_view(x0, found.step))
         apart = diffusion.contrast(net.projector(z), teacher.projector(keys).detach(), torch.arange(16))
         apart = (share_of(schedule, t) * apart).mean()
     (loss + weight * apart).backward()

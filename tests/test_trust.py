@@ -124,7 +124,7 @@ def on_two_disks(folders, flags):
     ("the same photos", []), ("a photo less", ["photos", "other files", "another machine"]),
     ("no checkpoint", ["checkpoint.pt", "every machine"]), ("an old checkpoint", ["checkpoint.pt", "same"]),
     ("a file in the run", ["run", "not empty"]), ("no cifar10", ["cifar10", "not in ./data"]),
-    ("fewer latents", ["latents", "another machine"])])
+    ("fewer latents", ["latents", "another machine"]), ("damaged latents", ["latents", "no whole"])])
 def test_two_disks(tmp_path, photos, case, words):
     """Machines that share no drive: equal data is enough; what differs ends both with one sentence."""
     disks = [tmp_path / "first", tmp_path / "second"]
@@ -143,9 +143,11 @@ def test_two_disks(tmp_path, photos, case, words):
     if case == "a file in the run":
         (disks[1] / "run").mkdir()
         (disks[1] / "run/notes.txt").write_text("mine")
-    if case == "fewer latents":
+    if "latents" in case:
         few_latents(disks[0] / "latents", "ab", train=20)
-        few_latents(disks[1] / "latents", "ab", train=18)
+        few_latents(disks[1] / "latents", "ab", train=18 if case == "fewer latents" else 20)
+        if case == "damaged latents":
+            (disks[1] / "latents/train/latents.npy").unlink()
         flags = argv("run", "--data latents:latents")
     if case == "no cifar10":
         flags = argv("run", "--data cifar10")
@@ -543,15 +545,20 @@ UPRIGHT = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flip
            7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_upright(tmp_path, suffix):
-    """Photographs stand upright, as their EXIF says, in all of its eight ways."""
+@pytest.mark.parametrize("suffix, grey", [("jpg", False), ("png", False), ("webp", False), ("tif", False),
+                                          ("png", True)])
+def test_upright(tmp_path, suffix, grey):
+    """Photographs stand upright, as their EXIF says, in all of its eight ways; grey ones of 16 bits too."""
     stored = np.zeros((8, 8, 3), np.uint8)
     stored[:4, :4, 0], stored[:4, 4:, 1], stored[4:, :4, 2] = 255, 255, 255
+    large = stored.repeat(8, 0).repeat(8, 1)
+    if grey:
+        stored = stored[:, :, :1].repeat(3, 2)
+        large = large[:, :, 0].astype(np.uint16) * 257
     for number, turn in UPRIGHT.items():
         exif = Image.Exif()
         exif[0x112] = number
-        Image.fromarray(stored.repeat(8, 0).repeat(8, 1)).save(tmp_path / f"{number}.{suffix}", exif=exif)
+        Image.fromarray(large).save(tmp_path / f"{number}.{suffix}", exif=exif)
     images = train.load_data(f"folder:{tmp_path}", "train", 8).images.int()
     for image, turn in zip(images, UPRIGHT.values()):
         assert error(image, np.ascontiguousarray(turn(stored).transpose(2, 0, 1))) < 60

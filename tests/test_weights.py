@@ -445,6 +445,7 @@ def test_does_not_fit(tmp_path, monkeypatch, capsys, name, state, words):
     (sample.main, "run --size tiny", ["--size is for --weights"]),
     (probe.main, "run --image-size 8", ["--image-size is for --weights"]),
     (probe.main, "--weights a.pt --size huge", ["--size huge", "small"]),
+    (probe.main, "--weights a.pt --image-size 0", ["--image-size 0", "more than 0"]),
 ])
 def test_flags(tmp_path, monkeypatch, capsys, main, more, words):
     """A run or --weights, not both; what a run knows itself is no flag then."""
@@ -477,7 +478,7 @@ def test_starts_as_the_original(tmp_path, name, more):
         assert error(net.eval()(*x[:2]), expected) < 2e-5 * expected.abs().max()
     before = {key: w.clone() for key, w in r.net.state_dict().items()}
     r.optimizer.param_groups[0]["lr"] = 1e-3
-    train.train_step(r, 0)
+    train.train_step(r)
     r.images += r.cfg.batch_size
     train.update_ema(r)
     for net in (r.net, r.ema):
