@@ -6,9 +6,10 @@ Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
   time      t from the image to noise: 0..T, of linear and cosine 0..T-1; a network gets t itself
   noising   x_t = a x0 / scale + s eps, a and s being functions of t
-  velocity  v = da x0 / scale + ds eps, the derivative of x_t by the angle arctan(s / a); of flow by t / T
+  velocity  v = da x0 / scale + ds eps, the derivative of x_t by the angle arctan(s / a) (arXiv 2202.00512,
+            appendix D); of flow by t / T
   target    what the network predicts: eps or v
-  sigma     scale s / a: the noise-to-signal ratio, by which levels of two paths can be compared
+  sigma     scale s / a = 1 / sqrt(SNR): the noise in units of x0, by which levels of two paths compare
   guidance  eps_null + w (eps_y - eps_null); w = 1 is off   arXiv 2207.12598, eq. 6, with w there = w - 1 here
 
 A network is a callable net(x_t, t) or net(x_t, t, y) -> tensor like x_t. The diffusion knows no more of it.
@@ -42,12 +43,12 @@ class Path:
         self.T = T
 
     def sigma(self, t):
-        """The noise-to-signal ratio at t (B,), in units of x0."""
+        """How large the noise is at t (B,), in units of x0: 1 / sqrt(SNR)."""
         a, s, _, _ = self.coefficients(t)
         return self.scale * s / a
 
     def abar(self, t):
-        """The image's share of the variance at t (B,), that of x0 taken as 1."""
+        """1 / (1 + sigma^2) at t (B,): the image's share of the variance, were that of x0 1."""
         return 1 / (1 + self.sigma(t) ** 2)
 
     def draw_below(self, sigma, n, **on):
@@ -63,7 +64,7 @@ class Path:
 class Table(Path):
     """DDPM: a^2 = abar_t, s^2 = 1 - abar_t (arXiv 2006.11239, eq. 4); t is an int64 in 0..T-1.
 
-    abar (T,) float64. The tables are stored as float32, where they are used.
+    abar (T,) float64. The tables are float32, and move to the device of the latest t.
     """
 
     def __init__(self, abar):
@@ -111,7 +112,8 @@ class EDM(Path):
     """EDM (arXiv 2206.00364): t = T arctan(sigma / sigma_data) / (pi / 2); each x_t has unit variance.
 
     The mean squared error of v is EDM's loss with its preconditioning and weight (table 1), v being -F. Other
-    than there, the network gets t, not ln(sigma) / 4, and heun has times of its own.
+    than there, the network gets t, not ln(sigma) / 4; sampling starts at pure noise, not at sigma = 80; heun
+    has times of its own, and averages x0 and eps where EDM averages dx / dsigma (algorithm 1).
     """
 
     def __init__(self, T, sigma_data):
@@ -181,7 +183,7 @@ class GaussianDiffusion:
         return [c[:, None, None, None] for c in self.path.coefficients(t)]
 
     def abar_table(self):
-        """The image's share of the variance at t = 0, 1 .. T, (T + 1,), for a network that weighs z by it."""
+        """1 / (1 + sigma^2) at t = 0, 1 .. T, (T + 1,), for a network that weighs z by it."""
         t = torch.arange(self.T + 1)
         return self.path.abar(t.clamp(max=self.T - 1) if self.discrete else t.float())
 
@@ -243,7 +245,7 @@ class GaussianDiffusion:
             raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
         if sampler == "ddpm" and not self.discrete:
             raise ValueError("sampler ddpm needs schedule linear or cosine: use ddim or heun.")
-        return {"ddim": 50, "ddpm": self.T, "heun": 25}[sampler]
+        return {"ddim": min(50, self.T), "ddpm": self.T, "heun": min(25, self.T)}[sampler]
 
     @torch.no_grad()
     def sample(self, net, noise, y=None, null=None, steps=None, sampler="ddim", guidance=1.0, clip=True,
@@ -254,10 +256,10 @@ class GaussianDiffusion:
 
         y         classes (B,) or None
         null      the class id that means "no class"; needed for guidance
-        steps     1..T [ddim: 50, ddpm: T, heun: 25]
+        steps     1..T [ddim: 50, ddpm: T, heun: 25; at most T]
         sampler   ddim  Euler's method: x0 and eps stand still in a step (arXiv 2010.02502, eq. 12)
                   heun  their mean over both ends of the step; asks the network twice, in the last step once
-                  ddpm  ancestral, with its smaller variance (eq. 16, eta = 1); of linear and cosine
+                  ddpm  ancestral, with its smaller variance (arXiv 2006.11239, eq. 7); of linear and cosine
         guidance  1: off
         clip      bound the predicted x0 to [-1, 1] at every step; False for latents
         randn     gives the noise of a step of ddpm, called with a tensor like x_t
@@ -300,7 +302,7 @@ class GaussianDiffusion:
 # teacher  z by the EMA network and its projector, of another view with less noise than TEACHER_SIGMA
 # loss     InfoNCE: the student's image is to be found among all the teacher's images
 
-TEACHER_SIGMA = 0.341        # that of t = 100 on linear's path
+TEACHER_SIGMA = 0.341        # between t = 99 and 100 on linear's path
 TEMPERATURE = 0.2
 
 
@@ -323,7 +325,7 @@ def augment(x0, u):
     theta = torch.stack([side * mirror, zero, place[:, 0],
                          zero, side, place[:, 1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, x0.shape, align_corners=False)                            # (B, H, W, 2)
-    return F.grid_sample(x0, grid, align_corners=False)
+    return F.grid_sample(x0, grid, padding_mode="border", align_corners=False)
 
 
 @torch.no_grad()
@@ -336,7 +338,7 @@ def teacher_keys(ema, x_t, t, micro):
 def contrast(p, keys, own):
     """InfoNCE per image (n,): p (n, D) is to be like keys[own], unlike the rest (arXiv 1807.03748, eq. 4).
 
-    keys (N, D); own (n,) int64. In float32: half precision overflows.
+    keys (N, D); own (n,) int64. In float32: float16 makes NaN of a vector near zero.
     """
     with torch.autocast(p.device.type, enabled=False):
         p = F.normalize(p.float(), dim=1)

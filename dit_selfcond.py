@@ -128,7 +128,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Noise-prediction transformer.
+    """Denoising transformer.
 
     image_size   side of the square images or latents; a multiple of patch
     channels     of the images (4 for the usual latents)
@@ -178,6 +178,7 @@ class DiT(nn.Module):
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final = FinalLayer(dim, patch ** 2 * channels)
+        # not in the state dict: after meta and to_empty fill it anew
         self.register_buffer("positions", sincos_table(image_size // patch, dim), persistent=False)
         self.init_weights()
 
@@ -187,7 +188,7 @@ class DiT(nn.Module):
             self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
             nn.init.zeros_(self.proj[1].weight)
             nn.init.zeros_(self.proj[1].bias)
-            # the image's share of the variance at t = 0..1000; train.py fills in that of its path
+            # 1 / (1 + sigma^2) at t = 0..1000; train.py fills in that of its path, in place of 1
             self.register_buffer("abar", torch.ones(1001))
 
     def init_weights(self):
@@ -217,6 +218,8 @@ class DiT(nn.Module):
         """Everything up to the bottleneck -> tokens (B, N, D), conditioning c (B, D), features."""
         if y is not None and not self.num_classes:
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
+        if x.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images {tuple(x.shape[2:])} do not fit a network for {self.image_size}.")
         c = self.time_mlp(sinusoid(t, 256).to(x.dtype))                      # (B,) -> (B, 256) -> (B, D)
         if self.num_classes:
             if y is None:                                                    # no class
@@ -238,17 +241,17 @@ class DiT(nn.Module):
         return unpatchify(self.final(x, c), self.patch)                      # (B, N, p p C) -> (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
-        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
+        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
         t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, D, h, w), in depth order; with return_z also z (B, D).
+        (B, D, h, w), in depth order; else, with return_z, also z (B, D).
         """
         x, c, feats = self.encoder(x, t, y)
 
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): of pure noise it is 0
+            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): near 0 for noise
             c = c + abar * self.proj(z.to(c.dtype))                          # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 

@@ -464,7 +464,7 @@ def summary(result):
 def table(result):
     """-> lines for the terminal: layers down, noise across; z marks the bottleneck, * the best place.
 
-    sigma is the noise-to-signal ratio: t is another amount of noise on another path.
+    sigma is the noise in units of the image: t is another amount of noise on another path.
     """
     best = result["best"]["layer"], result["best"]["t"]
     lines = [f"{'t':>10}   " + "".join(f"{t:6d} " for t in result["levels"]),

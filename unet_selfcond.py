@@ -14,9 +14,9 @@ Baseline: the 35.7M UNet of DDPM (Ho et al., arXiv 2006.11239)
 in the form of DDAE (Xiang et al., ICCV 2023, arXiv 2303.09769).
 Read from top to bottom: each class uses only what stands above it. torch is the only import.
 
-Differs from the original by: attention through scaled_dot_product_attention; a class embedding added to c
-where num_classes > 0 (the original has no classes); on CUDA a GroupNorm of its own, the same up to rounding;
-proj, where self_cond is on.
+Differs from the original by: t itself, where DDAE gives (t + 1) / 1000; attention through
+scaled_dot_product_attention; a class embedding added to c where num_classes > 0 (the original has no
+classes); on CUDA a GroupNorm of its own, the same up to rounding; proj, where self_cond is on.
 Also tried: z behind out_3 instead of mid (the same distance, probe 1.2 points lower; see .github/results).
 """
 import math
@@ -37,7 +37,8 @@ def sinusoid(t, dim):
 
 def group_norm(x, groups, weight, bias, eps):
     """What F.group_norm says of x (B, C, H, W), from the first two moments of each channel. G: groups."""
-    dtype, x = x.dtype, x.to(weight.dtype)                                   # of bf16 in float32
+    dtype = x.dtype
+    x = x.to(torch.promote_types(weight.dtype, torch.float32))               # squares of bf16 are too coarse
     moments = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])         # (2, B, C)
     moments = moments.unflatten(2, (groups, -1))                             # (2, B, G, C / G)
     moments = moments.mean(3, keepdim=True).expand_as(moments)               # of each group, for its channels
@@ -115,15 +116,16 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise-prediction UNet.
+    """Denoising UNet.
 
     image_size   side of the square images; a multiple of 2 ** (len(mults) - 1)
     channels     of the images
     num_classes  K > 0 makes it class-conditional; class K then means "no class"
     self_cond    False is the plain published baseline
-    dim          width at full resolution, a multiple of 32; level i has dim * mults[i]
+    dim          width, a multiple of 32; level i, of half the resolution of i - 1, has d = dim * mults[i]
     attention    the levels whose blocks attend (0 is full resolution)
     blocks       residual blocks a level on the way down; one more on the way up
+    dropout      in every block, before its second convolution
     Raises ValueError for sizes that do not fit.
     """
 
@@ -200,7 +202,7 @@ class UNet(nn.Module):
             self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim_c))
             nn.init.zeros_(self.proj[1].weight)
             nn.init.zeros_(self.proj[1].bias)
-            # the image's share of the variance at t = 0..1000; train.py fills in that of its path
+            # 1 / (1 + sigma^2) at t = 0..1000; train.py fills in that of its path, in place of 1
             self.register_buffer("abar", torch.ones(1001))
 
     @property
@@ -226,7 +228,7 @@ class UNet(nn.Module):
         for *blocks, downsample in self.down:
             skips.append(h)
             for n, block in enumerate(blocks, n + 1):
-                h = block(h, c)                                              # (B, dims[i], H / 2^i, W / 2^i)
+                h = block(h, c)                                              # (B, d, H / 2^i, W / 2^i)
                 skips.append(h)
                 feats[f"in_{n}"] = h
             h = downsample(h)
@@ -240,24 +242,24 @@ class UNet(nn.Module):
         n = 0
         for *blocks, upsample in self.up:
             for n, block in enumerate(blocks, n + 1):
-                h = block(h, c, skips.pop())                                 # (B, dims[i], H / 2^i, W / 2^i)
+                h = block(h, c, skips.pop())                                 # (B, d, H / 2^i, W / 2^i)
                 if feats is not None:
                     feats[f"out_{n}"] = h
             h = upsample(h)
-        return self.end(h)                                                   # (B, dim, H, W) -> (B, C, H, W)
+        return self.end(h)                                                   # (B, d, H, W) -> (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
-        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
+        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
         t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, D, h, w), in depth order; with return_z also z (B, D).
+        (B, D, h, w), in depth order; else, with return_z, also z (B, D).
         """
         h, c, skips, feats = self.encoder(x, t, y)
 
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): of pure noise it is 0
+            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): near 0 for noise
             c = c + abar * self.proj(z.to(c.dtype))                          # (B, D) -> (B, E)
         # -------------------------------------------------------------------------------------
 

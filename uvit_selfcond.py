@@ -14,9 +14,10 @@ which feeds the last estimate of the clean image back as extra input channels.
 Baseline: U-ViT (Bao et al., CVPR 2023, arXiv 2209.12152): time and label are tokens, long skips concatenated.
 Read from top to bottom: each class uses only what stands above it. torch is the only import.
 
-Differs from the original by: attention through scaled_dot_product_attention, not forced to float32; one row
-more in the label table, "no class"; the last convolution starts as the identity, not at random, which a short
-training takes many images to undo; proj, where self_cond is on.
+Differs from the original by: discrete times (see from_public); attention through
+scaled_dot_product_attention, not forced to float32; one row more in the label table, "no class"; the last
+convolution starts as the identity, not at random, which a short training takes many images to undo; proj,
+where self_cond is on.
 Also tried: one proj a decoder block, z added once to all tokens, z behind out_2 (see .github/results).
 """
 import math
@@ -100,7 +101,7 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """Noise-prediction transformer with long skips.
+    """Denoising transformer with long skips.
 
     image_size   side of the square images; a multiple of patch
     channels     of the images
@@ -161,7 +162,7 @@ class UViT(nn.Module):
             self.proj = nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
             nn.init.zeros_(self.proj[1].weight)
             nn.init.zeros_(self.proj[1].bias)
-            # the image's share of the variance at t = 0..1000; train.py fills in that of its path
+            # 1 / (1 + sigma^2) at t = 0..1000; train.py fills in that of its path, in place of 1
             self.register_buffer("abar", torch.ones(1001))
 
     def init_weights(self):
@@ -200,6 +201,8 @@ class UViT(nn.Module):
         """
         if y is not None and not self.num_classes:
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
+        if x.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images {tuple(x.shape[2:])} do not fit a network for {self.image_size}.")
         tokens = [sinusoid(t, self.dim)[:, None].to(x.dtype), self.patch_embed(x).flatten(2).transpose(1, 2)]
         if self.num_classes:
             if y is None:                                                    # no class
@@ -227,17 +230,17 @@ class UViT(nn.Module):
         return self.conv_out(unpatchify(x, self.patch))                      # (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
-        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps (B, C, H, W).
+        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
         t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, D, h, w), in depth order; with return_z also z (B, D).
+        (B, D, h, w), in depth order; else, with return_z, also z (B, D).
         """
         x, c, skips, feats = self.encoder(x, t, y)
 
         # --- self-conditioning: aggregate the bottleneck, reroute it to every later layer ---
         z = self.aggregate(feats)                                            # (B, D, h, w) -> (B, D)
         if self.self_cond:
-            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): of pure noise it is 0
+            abar = self.abar[t.long(), None].to(c.dtype)                     # (B, 1): near 0 for noise
             c = c + abar * self.proj(z.to(c.dtype))                          # (B, D) -> (B, D)
         # -------------------------------------------------------------------------------------
 

@@ -308,10 +308,11 @@ def test_continuous_times(schedule, data, steps):
 @pytest.mark.pins
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "edm", "flow"])
 def test_defaults(schedule):
-    """ddim takes 50 steps, ddpm T, heun 25; tables learn eps, the others v."""
+    """ddim takes 50 steps, ddpm T, heun 25, none more than T; tables learn eps, the others v."""
     diffusion, table = GaussianDiffusion(60, schedule), schedule in TABLES
     for sampler, steps in [("ddim", 50), ("heun", 25), *([("ddpm", 60)] if table else [])]:
         assert diffusion.default_steps(sampler) == len(asked(diffusion, sampler)) == steps
+        assert GaussianDiffusion(20, schedule).default_steps(sampler) == 20
     assert diffusion.target == ("eps" if table else "v")
 
 

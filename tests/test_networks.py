@@ -354,6 +354,14 @@ def test_sizes_that_do_not_fit(name, kwargs, words):
         build(name, **kwargs)
 
 
+@pytest.mark.parametrize("name", ["uvit", "dit"])
+def test_images_of_another_side(name):
+    """A transformer has positions for its own size: other images of as many patches are refused."""
+    net = build(name, image_size=16)
+    with pytest.raises(ValueError, match="8, 32.*network for 16"):
+        net(torch.zeros(1, 3, 8, 32), torch.tensor([10]))
+
+
 @each_net
 def test_labels_without_classes(name):
     """Labels for a network without classes are a ValueError."""
@@ -447,6 +455,8 @@ def test_group_norm(layout):
     weights = torch.randn(2, 12).unbind()
     x = (3 * torch.randn(2, 12, 5, 5) + 2).to(memory_format=layout)
     for dtype, x in ((torch.float32, x), (torch.bfloat16, (x + 50).bfloat16())):
+        coarse = [w.bfloat16() for w in weights]                             # of a network in bfloat16
+        assert error(unet_selfcond.group_norm(x, 4, *coarse, 1e-5), F.group_norm(x, 4, *weights)) < 0.1
         leaves = [value.detach().requires_grad_() for value in (x, *weights)]
         out = unet_selfcond.group_norm(leaves[0], 4, *leaves[1:], 1e-5)
         exact = F.group_norm(leaves[0].double(), 4, *(w.double() for w in leaves[1:]), 1e-5)

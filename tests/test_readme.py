@@ -271,16 +271,17 @@ def test_exercise_z(name, parts, z):
 
 @pytest.mark.pins
 def test_exercise_weights():
-    """Exercise 3: at a signal-to-noise ratio r eps counts min(r, 5) / r, v min(r, 5) / (r + 1)."""
-    module = patched("diffusion.py", "snr.clamp", page=".github/results/exercises.md")
-    x0, noise, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([10, 200, 900])
-    for target, least in (("eps", 0), ("v", 1)):
-        plain = diffusion.GaussianDiffusion(target=target)
-        weighed = module.GaussianDiffusion(target=target).error(x0, x0, t, noise)
-        abar = plain.path.abar(t)
-        ratio = abar / (1 - abar)
-        expected = ratio.clamp(max=5) / (ratio + least) * plain.error(x0, x0, t, noise)
-        assert error(weighed, expected) < 1e-5 and ratio[0] > 5 > ratio[2]
+    """Exercise 3: at a signal-to-noise ratio r the error of x0 counts min(r, 5), whatever is predicted."""
+    module = patched("diffusion.py", "to_x0", page=".github/results/exercises.md")
+    x0, noise, out = torch.randn(3, 3, 1, 4, 4)
+    t = torch.tensor([10, 200, 900])
+    for schedule, target in (("linear", "eps"), ("linear", "v"), ("edm", "v"), ("flow", "v")):
+        plain = diffusion.GaussianDiffusion(schedule=schedule, target=target)
+        weighed = module.GaussianDiffusion(schedule=schedule, target=target).error(out, x0, t, noise)
+        said, _ = plain.to_x0_eps(out, plain.add_noise(x0, t, noise), t)
+        ratio = plain.path.sigma(t) ** -2
+        expected = ratio.clamp(max=5) * (said - x0).square().mean((1, 2, 3))
+        assert error(weighed / expected, torch.ones(3)) < 1e-3 and ratio[0] > 5 > ratio[2]
 
 
 @pytest.mark.pins

@@ -560,6 +560,8 @@ def test_augment():
     """A view is a part of the image, mirrored or not; neutral choices change nothing."""
     x0, u = torch.rand(2, 3, 16, 16) * 2 - 1, NEUTRAL.repeat(2, 1)
     assert error(diffusion.augment(x0, u), x0) < 1e-5
+    flat = torch.ones(64, 1, 8, 8)                  # to its border
+    assert error(diffusion.augment(flat, torch.rand(64, 4)), flat) < 1e-5
     u[1, 3] = 1                                                              # only the second is mirrored
     assert error(diffusion.augment(x0, u), torch.stack([x0[0], x0[1].flip(2)])) < 1e-5
     ramp = torch.linspace(-1, 1, 16).expand(2, 3, 16, 16)                    # from left to right
