@@ -373,6 +373,8 @@ def test_study_table(study, tmp_path, capsys):
             ("w", [7.0], [0.6]), ("u", [None, None, None], [0.6, 0.6, 0.6]),
             ("z distill 0.1", [7.4, 7.61, 7.5], [0.55, 0.56, 0.58])):
         for seed, (distance, test) in enumerate(zip(distances, tests)):
+            if variant == "z" and distance == 7.6:                           # as study.py writes it today
+                distance = dict(imagenet=distance)
             lines.append(json.dumps(dict(variant=variant, seed=seed, distance=distance, test=test)))
     (tmp_path / "dit.jsonl").write_text("\n".join(lines))
     study.main(f"dit --seeds --size dim=128 depth=4 --out {tmp_path}/dit.jsonl".split())
@@ -392,7 +394,7 @@ def test_study_distance(study, monkeypatch, capsys):
     monkeypatch.setattr(study.fd, "read", lambda path: path)
     monkeypatch.setattr(study.fd, "distance", lambda samples, data, device, title: (7.5, 20))
     monkeypatch.setattr(study.fd, "load_network", lambda device: None)
-    assert study.distance("samples.npz", "cifar10") == 7.5
+    assert study.distance("samples.npz", "cifar10") == dict(imagenet=7.5)
     assert study.distance("samples.npz", "latents:somewhere") is None
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
@@ -590,10 +592,11 @@ def test_fd_refused(fd, monkeypatch, tmp_path, capsys):
 
 
 def test_licence():
-    """The last section is the text of the MIT licence."""
+    """The last section names the licence, whose text is MIT's."""
     last = re.split(r"^## ", TEXT, flags=re.M)[-1]
-    assert re.match(r".*licen[cs]e", last.splitlines()[0], re.I)
-    assert "Permission is hereby granted, free of charge" in " ".join(last.split()) and '"AS IS"' in last
+    assert last == "Licence\n\n[MIT](.github/LICENSE).\n"
+    text = (ROOT / ".github/LICENSE").read_text()
+    assert "Permission is hereby granted, free of charge" in " ".join(text.split()) and '"AS IS"' in text
 
 
 def test_requirements():

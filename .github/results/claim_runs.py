@@ -63,7 +63,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=1_400_000)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--runs", default="runs/claim")
-    parser.add_argument("--out", default="claim.jsonl")
+    parser.add_argument("--out", default=str(HERE / "claim.jsonl"))
     parser.add_argument("--study", default=str(HERE / "study.py"), help="the script that makes a run")
     args = parser.parse_args(argv)
     there = study.read(args.out) if Path(args.out).exists() else []

@@ -119,7 +119,7 @@ def read(path):
 
 
 def distance(path, data):
-    """samples.npz -> its distance by fd.py; None for latents, or where it lacks its packages, said once."""
+    """samples.npz -> {judge: distance}, by fd.py; None for latents, or without its packages, said once."""
     if data.startswith("latents:"):                 # no pixels to compare with
         return None
     device, _, _ = train.setup(None)
@@ -129,7 +129,7 @@ def distance(path, data):
         train.say_once(f"going on without distances: {e}")
         return None
     value, _ = fd.distance(fd.read(path), data, device, str(path))
-    return value
+    return dict(imagenet=value)
 
 
 def probed(run, flags):
@@ -187,8 +187,7 @@ def table(records):
     """
     found = {}
     for r in records:
-        distance = math.nan if r["distance"] is None else r["distance"]    # nobody judged its samples
-        found.setdefault(r["variant"], {})[r["seed"]] = distance, 100 * r["test"]
+        found.setdefault(r["variant"], {})[r["seed"]] = judged(r), 100 * r["test"]
     rows = ["| variant | distance | probe, % |", "|---|---|---|"]
     for variant, runs in found.items():
         distances, scores = zip(*[runs[seed] for seed in sorted(runs)])
@@ -200,6 +199,14 @@ def table(records):
         scores = [a[1] - b[1] for a, b in pairs]
         rows.append(f"| {variant} - {other} | {difference(distances, 2)} | {difference(scores, 1)} |")
     return "\n".join(rows)
+
+
+def judged(record):
+    """The distance of a record by EfficientNet; older ones have that by the classifier alone."""
+    distance = record["distance"]
+    if distance is None:                            # nobody judged its samples
+        return math.nan
+    return distance["imagenet"] if isinstance(distance, dict) else distance
 
 
 def comparisons(variants):
