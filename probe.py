@@ -14,6 +14,7 @@ learns to tell the classes from them. The protocol (study) has three steps:
   2. The best of them says which layer, t and penalty to take.
   3. There, one probe is learned from all training images used, and scored, once, on the test images.
 """
+import hashlib
 import io
 import json
 import re
@@ -31,7 +32,8 @@ from torchvision.datasets import VOCSegmentation
 
 from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_no_weights,
                    check_source, check_writable, command, load_data, load_source, mix, moments_of,
-                   pick_autocast, progress, require, save_file, say, setup, to_x0, try_to, whole_number)
+                   pick_autocast, progress, require, resolve, save_file, say, setup, to_x0, try_to,
+                   whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
@@ -41,7 +43,7 @@ DAMPING = 1e-4              # of the curvature, which can be inverted then
 PIXELS = 25_000             # to segment, probes learn from about so many, drawn at random
 NEIGHBOURS = 20             # of --knn, as in DINO (arXiv 2104.14294)
 TEMPERATURE = 0.07          # of their votes, likewise
-ALIKE = ["data", "levels", "train_images", "augment", "seed"]   # in runs that are compared
+ALIKE = ["data", "test_set", "levels", "train_images", "augment", "seed"]    # in runs that are compared
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
 VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
        "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
@@ -606,6 +608,12 @@ def load_parts(spec, state, args, device):
     return Part(train.images[some], train.targets[some]), test, classes
 
 
+def digest(images):
+    """A number for at most 1,000 of these images, by which other ones are told from them."""
+    some = images[::-(-len(images) // 1000)]
+    return hashlib.sha256(some.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
 def write_result(result, path, start, stale=None):
     """Writes a result as JSON, with the seconds since start and the GPU's memory that were needed."""
     result["seconds"] = round(time.time() - start, 1)
@@ -637,14 +645,15 @@ def probe_run(args):
     torch.backends.cudnn.benchmark = True
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     source = Source(net, diffusion, autocast, device, moments_of(state["latents"], device))
-    name = re.sub(":.*/", ":", spec)                        # results that are published name no machine
+    name = re.sub(":.*/", ":", resolve(spec))               # results that are published name no machine
     result = dict(run=Path(args.run).resolve().name, data=name, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=len(train.images),
-                  test_images=len(test.images), trained_on=state["images"], seed=args.seed,
-                  augment=args.augment, device=str(device), versions=VERSIONS)
+                  test_images=len(test.images), test_set=digest(test.images), trained_on=state["images"],
+                  seed=args.seed, augment=args.augment, device=str(device), versions=VERSIONS)
     result["sigmas"] = [round(sigma, 5) for sigma in diffusion.path.sigma(torch.tensor(args.t)).tolist()]
     result.update(study(source, train, test, K, args.t, args))
     picture = path.with_suffix(".png")
+    replaced = ", in place of others" if path.exists() else ""
     write_result(result, path, loaded, stale=picture)
     try_to("draw the map", lambda: save_file(picture, lambda file: draw_maps([result], file)))
     say(table(result))
@@ -662,7 +671,7 @@ def probe_run(args):
             verdict = "" if beaten else "; NOT BEATEN by this run"
             say(summary(dict(reference, run=name, test_images=len(test.images))) + verdict)
     say(f"{loaded - begun:.0f} s to load {len(train.images):,} + {len(test.images):,} images, "
-        f"{result['seconds']:.0f} s to probe; results: {path} and .png")
+        f"{result['seconds']:.0f} s to probe; results: {path} and .png{replaced}")
 
 
 @command

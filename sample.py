@@ -58,6 +58,8 @@ def parse(argv):
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
     require(not args.out or (Path(args.out).name == args.out and len(args.out) < 200),
             f"--out {args.out} is not the name of a file: leave out folders, shorten it.")
+    require(not args.denoise or not (args.npz or args.fid),
+            "--denoise draws a picture of 4 images alone: leave out --npz and --fid.")
     if args.fid:                                    # found out now, not after hours of sampling
         require(importlib.util.find_spec("torch_fidelity"),
                 "--fid needs torch-fidelity, which is not installed: pip install torch-fidelity==0.4.0")
@@ -218,6 +220,8 @@ def write(args, run, images, ids, how):
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         save_file(archive, lambda file: np.savez(file, pixels), stale=picture)
         say(f"{archive}: arr_0 {pixels.shape} uint8")
+    elif archive.exists():
+        say(f"{archive} is of an earlier call")
     save_file(picture, lambda file: save_grid(shown, file, min(columns, 20)))
     say(f"{picture}{replaced}: {len(shown)} of {args.count:,} images; {how}")
 

@@ -276,7 +276,10 @@ def parse_config(argv=None):
     """Flags -> Config with every default filled in. Raises UserError."""
     given = parse_flags(argv)
     if given.get("resume") and "out" in given:      # what is not given is as it was
-        given = {**flags_of_run(given["out"]), **given}
+        saved = flags_of_run(given["out"])
+        if "images" in given or "minutes" in given:             # a new end, in place of the old one
+            saved |= dict(images=None, minutes=None)
+        given = {**saved, **given}
     cfg = Config(**given)
     if cfg.image_size is None:
         cfg.image_size = default_image_size(cfg)
@@ -327,7 +330,7 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
         n, seed = (50_000, 0) if split == "train" else (5_000, 1)
         data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
     else:
-        meant = f"did you mean folder:{spec}? Or " if Path(spec).expanduser().is_dir() else ""
+        meant = f"did you mean folder:{spec}? Or " if Path(os.path.expanduser(spec)).is_dir() else ""
         raise UserError(f"unknown data {spec!r}: {meant}use cifar10, cifar100, folder:PATH, latents:PATH, "
                         "shapes or shapes:full.")
     if image_size and data.images.shape[-1] != image_size:
@@ -363,7 +366,7 @@ def resolve(spec):
     """A spec with the whole path of its folder, if it names one."""
     for kind in ("folder:", "latents:"):
         if spec.startswith(kind):
-            return kind + str(Path(spec.removeprefix(kind)).expanduser().resolve())
+            return kind + str(Path(os.path.expanduser(spec.removeprefix(kind))).resolve())
     return spec
 
 
@@ -430,7 +433,10 @@ def list_folder(root, split):
         if (part / name).is_dir():
             files += files_below(part / name, above=(part.resolve(),))
     files = images_among(files, part)
-    require(files, f"{part} has no images: put some there, or into train/<class>/ and test/<class>/.")
+    loose = [path for path in part.iterdir() if path.name.lower().endswith(SUFFIXES) and not path.is_dir()]
+    if loose:
+        say_once(f"left out {len(loose)} images of {part} that lie in no class: put them into a folder there")
+    require(files, f"{part} has no images of classes: put some into {part.name}/<class>/.")
     index = {name: k for k, name in enumerate(classes)}
     labels = torch.tensor([index[path.relative_to(part).parts[0]] for path in files])
     if split == "train":
@@ -442,7 +448,11 @@ def list_flat_folder(root, split):
     """The same of images that lie in the folder itself: one class, for training alone."""
     require(split == "train",
             f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
-    files = images_among([p for p in sorted(root.iterdir()) if is_ours(p.name) and not p.is_dir()], root)
+    there = [path for path in sorted(root.iterdir()) if is_ours(path.name)]
+    files = images_among([path for path in there if not path.is_dir()], root)
+    folders = [path.name for path in there if path.is_dir()]
+    if files and folders:
+        say_once(f"left out the folders in {root}: {', '.join(folders[:5])}")
     require(files, f"{root} has no images: put some there, or into train/<class>/ and test/<class>/.")
     return files, torch.zeros(len(files), dtype=torch.int64), ["image"]
 
@@ -735,7 +745,10 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
     blank = torch.zeros(1, 3, size, size, device=vae.device)
     shape = list(to_latents(vae, blank).shape[1:])
     if check:
-        check(shape)
+        try:
+            check(shape)
+        except UserError as e:
+            raise UserError(f"--image-size {size} makes latents of {shape[1]} x {shape[2]}: {e}")
     part = from_first(lambda: make_folder(out))
     try:
         meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size)
@@ -1002,6 +1015,11 @@ def from_first(work):
     return gather(result)[0]
 
 
+def is_out_of_memory(error):
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)       # torch, of a CPU's
+
+
 def command(body):
     """Makes a main(argv) of body(argv): bad input ends with one sentence and exit code 2."""
     def main(argv=None):
@@ -1010,10 +1028,15 @@ def command(body):
         sys.stdout = sys.stdout or open(os.devnull, "w")
         try:
             body(argv)
-        except torch.OutOfMemoryError:
-            say("error: the GPU has too little memory: use a smaller --micro-batch or --size (train.py), "
-                "--batch-size (sample.py), or --batch-size, --images or fewer --t (probe.py).",
-                sys.stderr, everyone=True)
+        except KeyboardInterrupt:
+            say("interrupted", sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        except (MemoryError, RuntimeError) as e:    # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(e):
+                raise
+            say("error: there is too little memory: use a smaller --micro-batch, --batch-size, --image-size "
+                "or --size (train.py), --batch-size (sample.py), or --batch-size, --images or fewer --t "
+                "(probe.py).", sys.stderr, everyone=True)
             sys.exit(2)
         except (UserError, OSError) as e:           # OSError: a full disk, a folder that may not be written
             say(f"error: {e}", sys.stderr, everyone=type(e) is not UserError)
@@ -1737,9 +1760,10 @@ def start_log(run, out, resumed):
     lines = whole_lines(log, run.images) if log.exists() else [json.dumps(log_head(run))]
     text = "".join(line + "\n" for line in lines)
     save_file(log, lambda file: file.write(text.encode()))
-    for part in out.glob("*.part"):                 # of a run that was killed
-        with suppress(OSError):
-            part.unlink()
+    for part in out.iterdir():                      # of a run that was killed
+        if re.search(r"\.[0-9a-f]{8}\.part$", part.name):
+            with suppress(OSError):
+                part.unlink()
 
 
 def log_head(run):

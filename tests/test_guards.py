@@ -291,17 +291,20 @@ def test_names_reach_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("program", ["probe", "sample"])
-def test_no_picture_beside_other_numbers(old_run, monkeypatch, program):
-    """Stopped between the numbers and their picture, a program leaves new numbers without the old picture."""
+def test_no_picture_beside_other_numbers(old_run, monkeypatch, capsys, program):
+    """Stopped between the numbers and their picture, a program leaves new numbers without the old picture.
+
+    Ctrl-C is a line and exit code 130.
+    """
     def stop(*args):
         raise KeyboardInterrupt
     module, flags = (probe, "--t 10") if program == "probe" else (sample, "--npz -n 1 --steps 1")
     name = "probe" if program == "probe" else "samples"
     (old_run / f"{name}.png").write_text("old")
     monkeypatch.setattr(module, "draw_maps" if program == "probe" else "save_grid", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         module.main([str(old_run), "--device", "cpu", *flags.split()])
-    assert not (old_run / f"{name}.png").exists()
+    assert capsys.readouterr().err.endswith("interrupted\n") and not (old_run / f"{name}.png").exists()
     assert (old_run / f"{name}{'.json' if program == 'probe' else '.npz'}").exists()
 
 
@@ -321,6 +324,23 @@ def test_system_files(tmp_path, capsys):
     flat = folder(tmp_path / "flat", {"1.png": "red", ".2.png": "red", "._1.png": b"Mac", "3.svg": b""})
     assert len(train.load_data(flat, "train", 8).images) == 1
     assert "1 .svg" in capsys.readouterr().out
+
+
+def test_images_in_no_class(tmp_path, capsys):
+    """Images beside the folders of classes, or in folders beside images, are left out, which is said."""
+    spec = folder(tmp_path / "photos", {**CLASSES, "train/1.png": "red", "train/2.png": "red"})
+    assert len(train.load_data(spec, "train", 8).images) == 16
+    assert "left out 2 images" in capsys.readouterr().out
+    flat = folder(tmp_path / "flat", {"1.png": "red", "more/2.png": "red"})
+    assert len(train.load_data(flat, "train", 8).images) == 1
+    assert f"left out the folders in {tmp_path}/flat: more" in capsys.readouterr().out
+
+
+def test_nobodys_home(capsys):
+    """~name of nobody is a folder that does not exist."""
+    for spec in ("folder:~nobody-of-that-name/photos", "~nobody-of-that-name"):
+        with pytest.raises(train.UserError, match="nobody-of-that-name"):
+            train.load_data(spec, "train", 8)
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "gif", "avif"])

@@ -426,7 +426,7 @@ def test_probe(trained, monkeypatch):
 
 @pytest.mark.parametrize("script, more, words", [
     (train, "--image-size 15", "--image-size 15|multiple of 2"),
-    (train, "--image-size 18", "image size 9 does not fit"),
+    (train, "--image-size 18", "--image-size 18 makes latents of 9 x 9: |image size 9 does not fit"),
     (train, "--vae TMP/empty", "TMP/empty|can be loaded"),
     (train, "--vae TMP/video", "TMP/video|class AutoencoderKLTemporalDecoder|AutoencoderDC"),
     (train, "--vae some/vae", "pip install diffusers"),

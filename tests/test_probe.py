@@ -496,7 +496,8 @@ def made(layers=4, levels=(1, 10, 30), run="made", **changes):
     result = dict(run=run, data="shapes", metric="accuracy", layers=[f"block_{n + 1}" for n in range(layers)],
                   levels=list(levels), sigmas=sigmas_of("linear", levels), held_out=values, best=best,
                   bottleneck=f"block_{layers // 2 or 1}",
-                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, augment=0, seed=0)
+                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, test_set="12ab",
+                  augment=0, seed=0)
     return result | changes
 
 
@@ -683,7 +684,7 @@ def test_compare(tmp_path, capsys):
 
 
 ODD = ["{", "{}", "[]", "directory", made(held_out=[[1.5]] * 4), made(held_out=[[-1]] * 4)]
-UNLIKE = dict(data="cifar10", levels=[1, 10, 60], train_images=99, augment=2, seed=1)
+UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -704,9 +705,11 @@ def test_compare_refuses(tmp_path, capsys, content, words):
 
 
 @pytest.mark.parametrize("where, kept", [("study", False), ("knn", True), ("references", True)])
-def test_memory_of_the_gpu(folders, run_probe, capsys, monkeypatch, where, kept):
-    """A GPU whose memory is too small is one sentence; what was found before that is kept."""
+def test_memory(folders, run_probe, capsys, monkeypatch, where, kept):
+    """Too little memory, of a GPU or the host, is one sentence; what was found before that is kept."""
     def fail(*args):
+        if where == "knn":
+            torch.empty(2 ** 50)
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(probe, where, fail)
     with refused(capsys, "memory", "--images", "--t", "--batch-size"):
@@ -717,12 +720,19 @@ def test_memory_of_the_gpu(folders, run_probe, capsys, monkeypatch, where, kept)
         assert ("knn" in json.loads(file.read_text())) == (where == "references")
 
 
+def test_digest():
+    """Images of one number are told from others, of many by some of them."""
+    for n in (5, 2_500):
+        images, others = random_images(n, 8), random_images(n, 8, seed=1)
+        assert probe.digest(images) == probe.digest(images.clone()) != probe.digest(others)
+
+
 # --- other data ---
 
 def test_other_data(run_probe, spied, photos, monkeypatch):
     """--data probes the network on other data, resized to the network's size, and its own classes."""
     monkeypatch.chdir(photos.parent)
-    result = run_probe("classes", "--data folder:photos", "probe-photos")
+    result = run_probe("classes", "--data folder:photos/", "probe-photos")
     expected = dict(data="folder:photos", classes=2, train_images=40, test_images=10)
     assert {key: result[key] for key in expected} == expected
     for call in spied:

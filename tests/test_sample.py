@@ -281,6 +281,10 @@ def test_files(root, capsys, monkeypatch, flags, names):
         main(folder, f"-n 3 --steps 2 --seed 9 {flags}")
     after = tree(folder)
     assert after == old
+    if flags == "--npz":
+        monkeypatch.undo()
+        main(folder, "-n 3 --steps 2 --seed 9")
+        assert "samples.npz is of an earlier call" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n, ids, columns, rows", [
@@ -377,6 +381,7 @@ def test_fid_fails(fidelity, broken, words):
     ("free", "--classes star", "--classes --conditional"), ("free", "--guidance 2.5", "--guidance 2.5"),
     ("free", "--steps 0", "--steps 0 1000"), ("classes", "--steps 0 --sampler ddpm", "--steps 0 1000"),
     ("free", "--steps 1001", "--steps 1001 1000"), ("free", "--steps -3 --denoise", "--steps -3"),
+    ("free", "--denoise --npz", "--denoise --npz"), ("free", "--denoise --fid", "--denoise --fid"),
     ("free", "--steps ten", "--steps ten"), ("free", "-n 0", "--count 0"),
     ("free", "--count -5", "--count -5"),
     ("free", "--batch-size 0", "--batch-size 0"), ("free", "--sampler euler", "euler ddim ddpm heun"),

@@ -715,6 +715,14 @@ def test_stop_requested(flags, seconds, images, asked, expected):
     assert train.stop_requested(found, time.time() - seconds, asked) == expected
 
 
+def test_resume_with_another_end(tmp_path, monkeypatch, old_run):
+    """Where --resume --out is given a new end, by images or minutes, that of the run no longer holds."""
+    for flags, end in (("", (32, None)), ("--minutes 3", (None, 3)), ("--images 64", (64, None)),
+                       ("--images 64 --minutes 3", (64, 3))):
+        cfg = train.parse_config(["--resume", "--out", str(old_run), *flags.split()])
+        assert (cfg.images, cfg.minutes) == end, flags
+
+
 # --- stop and go on ---
 
 @pytest.mark.parametrize("flags", ["--model unet", "--precision fp16", "--distill 0.5 --distill-images 80",
@@ -744,10 +752,11 @@ def test_resume_without_checkpoint(tmp_path, old_run):
     out = tmp_path / "out"
     out.mkdir()
     (out / "log.jsonl").write_text('{"config": {}}\n{"images": 16, "loss": 9}\n{"images": 999}\n')
-    (out / "checkpoint.pt.part").write_bytes(b"half a file")
+    (out / "checkpoint.pt.0123abcd.part").write_bytes(b"half a file")
+    (out / "film.mkv.part").write_bytes(b"not ours")
     assert_same_run(run(out, "--images 32 --resume"), load(old_run))
     assert losses(out) == losses(old_run) and log(out)[0]["config"]["model"] == "dit"
-    assert tree(out).keys() == tree(old_run).keys() | {"log.jsonl.1"}
+    assert tree(out).keys() == tree(old_run).keys() | {"log.jsonl.1", "film.mkv.part"}
 
 
 def test_resume_elsewhere(tmp_path, old_run):
@@ -936,7 +945,7 @@ JPEG = encoded("JPEG", 64)
 FOLDERS = {             # case -> files, flags, words
     "missing": ({}, "", "photos does not exist"),
     "no images": ({"notes.txt": b"no image"}, "", "photos has no images"),
-    "empty train": ({"train/notes.txt": b""}, "", "train has no images: train/<class>/"),
+    "empty train": ({"train/notes.txt": b""}, "", "train has no images train/<class>/"),
     "empty classes": ({"train/a/notes.txt": b"", "train/b/notes.txt": b""}, "", "train no images"),
     "one class": (FLAT, "", "--conditional one"),
     "new class in test": ({**GOOD, "test/unknown/1.png": b""}, "", "unknown test train"),
