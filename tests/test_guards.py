@@ -51,10 +51,11 @@ CLASSES = {f"train/{'ab'[i % 2]}/{i:02}.png": ("red", "blue")[i % 2] for i in ra
 def test_read_only_data(tmp_path, monkeypatch, capsys):
     """Where neither the cache can be written nor what is left of it removed, one line says so."""
     spec = folder(tmp_path / "photos", CLASSES)
+    before = tree(tmp_path)
     monkeypatch.setattr(train, "open", fail, raising=False)
     monkeypatch.setattr(Path, "unlink", fail)
     assert len(train.load_data(spec, "train", 8).images) == 16
-    assert capsys.readouterr().out.count("Read-only file system") == 1
+    assert capsys.readouterr().out.count("Read-only file system") == 1 and tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("what", ["grid", "memory", "git"])
@@ -336,7 +337,7 @@ def test_images_in_no_class(tmp_path, capsys):
     assert f"left out the folders in {tmp_path}/flat: more" in capsys.readouterr().out
 
 
-def test_nobodys_home(capsys):
+def test_nobodys_home():
     """~name of nobody is a folder that does not exist."""
     for spec in ("folder:~nobody-of-that-name/photos", "~nobody-of-that-name"):
         with pytest.raises(train.UserError, match="nobody-of-that-name"):
@@ -442,7 +443,7 @@ def test_none_readable(tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [("--image-size 7", "dit tiny 7"), ("--out {}", "too long")])
 def test_before_the_data(tmp_path, photos, monkeypatch, capsys, flags, words):
     """What needs no data is refused before an image is decoded."""
-    monkeypatch.setattr(train, "decode", lambda *args: pytest.fail("it decodes"))
+    monkeypatch.setattr(train, "load_data", lambda *args, **how: pytest.fail("it loads the data"))
     flags = flags.format("x" * 300)
     with refused(capsys, *words.split()):
         train.main(argv(tmp_path / "run", f"--data folder:{photos} {flags}"))
@@ -450,7 +451,7 @@ def test_before_the_data(tmp_path, photos, monkeypatch, capsys, flags, words):
 
 def test_folder_that_may_not_be_written(tmp_path, photos, monkeypatch, capsys):
     """So is a run folder that can't be made."""
-    monkeypatch.setattr(train, "decode", lambda *args: pytest.fail("it decodes"))
+    monkeypatch.setattr(train, "load_data", lambda *args, **how: pytest.fail("it loads the data"))
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with refused(capsys, str(tmp_path / "a/run"), "can't be written"):
         train.main(argv(tmp_path / "a/run", f"--data folder:{photos}"))
@@ -501,12 +502,16 @@ def test_help_shows_choices(capsys):
 
 # --- pictures ---
 
-@pytest.mark.parametrize("guidance", ["nan", "inf"])
-def test_pictures_that_are_none(old_run, capsys, guidance):
-    """What is not finite is no picture: it is named, and nothing is written."""
-    before, flags = tree(old_run), f"-n 2 --steps 2 --npz --device cpu --guidance {guidance}"
-    with refused(capsys, "--guidance"):
-        sample.main([str(old_run), *flags.split()])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_pictures_that_are_none(old_run, monkeypatch, capsys, value):
+    """What is not finite is no picture: it is named, and nothing is written. Nor can --guidance be so."""
+    before, flags = tree(old_run), [str(old_run), *"-n 2 --steps 2 --npz --device cpu".split()]
+    with refused(capsys, "--guidance", "no number"):
+        sample.main([*flags, "--guidance", value])
+    monkeypatch.setattr(train.GaussianDiffusion, "sample",
+                        lambda self, net, noise, *args, **how: noise * float(value))
+    with refused(capsys, "not finite", "--guidance", "--precision"):
+        sample.main(flags)
     assert tree(old_run) == before
 
 
@@ -524,6 +529,8 @@ def test_samples_have_names(old_run, capsys):
         sample.main([str(old_run), "--device", "cpu", "--count", "2", "--steps", "1", *flags.split()])
         assert words in capsys.readouterr().out
     assert {p.name for p in old_run.glob("s*")} == {"samples-32.png", "seven.png", "seven.npz"}
+    sample.main([str(old_run), *"--denoise --steps 2 --out way --device cpu".split()])
+    assert (old_run / "way.png").exists() and not (old_run / "denoise.png").exists()
 
 
 # --- memory ---

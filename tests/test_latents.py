@@ -7,7 +7,6 @@ import runpy
 import shutil
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,17 +131,23 @@ def test_encode(latents, photos, vae):
 
 def test_encode_at_once(mine, vae, monkeypatch, capsys):
     """Of two programs that want the same latents one makes them, and the other waits, and says so."""
-    begun, made = threading.Event(), []
-    load_vae, put_in_place = train.load_vae, train.put_in_place
+    begun, waits, made = threading.Event(), threading.Event(), []
+    load_vae, put_in_place, say = train.load_vae, train.put_in_place, train.say
 
     def slow_vae(*args):
         begun.set()
-        time.sleep(0.5)
+        assert waits.wait(60), "the other one does not wait"
         return load_vae(*args)
+
+    def watch(message, *more, **how):
+        say(message, *more, **how)
+        if "waiting for it" in message:
+            waits.set()
 
     def count(*args):
         made.append(1)
         put_in_place(*args)
+    monkeypatch.setattr(train, "say", watch)
     monkeypatch.setattr(train, "load_vae", slow_vae)
     monkeypatch.setattr(train, "put_in_place", count)
 

@@ -222,7 +222,7 @@ def test_dead_and_void():
         assert W.shape == (3, 5) and b.shape == (3,) and accuracy(W, b, x[1::2], known[1::2]) > 99
 
 
-def test_not_finite():
+def test_features_not_finite():
     """Features that are not finite, of whichever place, are refused."""
     x = torch.randn(30, 4)
     x[7, 2] = float("nan")
@@ -729,7 +729,7 @@ def test_digest():
 
 # --- other data ---
 
-def test_other_data(run_probe, spied, photos, monkeypatch):
+def test_transfer(run_probe, spied, photos, monkeypatch):
     """--data probes the network on other data, resized to the network's size, and its own classes."""
     monkeypatch.chdir(photos.parent)
     result = run_probe("classes", "--data folder:photos/", "probe-photos")

@@ -591,6 +591,15 @@ def test_fd_refused(fd, monkeypatch, tmp_path, capsys):
         fd.main(["samples.npz", "--data", "latents:somewhere"])
 
 
+def test_promises():
+    """Each promise of reliability.md names tests that are there, each name once in all files."""
+    page = (RESULTS / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| (`test_.+) \|$", page, re.M)
+    names = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    there = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    assert len(rows) > 15 and {n for n in names if there.count(f"\ndef {n}(") != 1} == set()
+
+
 def test_licence():
     """The last section names the licence, whose text is MIT's."""
     last = re.split(r"^## ", TEXT, flags=re.M)[-1]
