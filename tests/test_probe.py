@@ -704,6 +704,14 @@ def test_compare_refuses(tmp_path, capsys, content, words):
     assert os.listdir(tmp_path / "A") == ["probe.json"]
 
 
+def test_precision(run_probe, monkeypatch):
+    """The passes run in --precision."""
+    asked, pick = [], probe.pick_autocast
+    monkeypatch.setattr(probe, "pick_autocast", lambda name, device: asked.append(name) or pick(name, device))
+    run_probe("classes", "--precision bf16")
+    assert asked == ["bf16"]
+
+
 @pytest.mark.parametrize("where, kept", [("study", False), ("knn", True), ("references", True)])
 def test_memory(folders, run_probe, capsys, monkeypatch, where, kept):
     """Too little memory, of a GPU or the host, is one sentence; what was found before that is kept."""

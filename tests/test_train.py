@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -1022,6 +1023,18 @@ def test_half_precision():
         assert all(v.dtype == torch.float32 for v in found.net.state_dict().values())
         assert 1e-6 < error(found.net.state_dict(), exact.net.state_dict()) < 0.02
     assert [found.scaler.is_enabled() for found in (exact, *others)] == [False, False, True]
+
+
+@pytest.mark.parametrize("capability, dtype", [
+    ((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_precision_of_a_gpu(monkeypatch, capability, dtype):
+    """Unasked it is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train.pick_autocast(None, torch.device("cuda"))[1] == dtype
+    assert train.pick_autocast(None, CPU)[1] is None
 
 
 def test_precision_that_fails(monkeypatch, capsys):
