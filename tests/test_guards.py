@@ -329,7 +329,8 @@ def test_system_files(tmp_path, capsys):
 
 def test_images_in_no_class(tmp_path, capsys):
     """Images beside the folders of classes, or in folders beside images, are left out, which is said."""
-    spec = folder(tmp_path / "photos", {**CLASSES, "train/1.png": "red", "train/2.png": "red", "train/a.txt": b""})
+    beside = {"train/1.png": "red", "train/2.png": "red", "train/a.txt": b""}
+    spec = folder(tmp_path / "photos", {**CLASSES, **beside})
     assert len(train.load_data(spec, "train", 8).images) == 16
     assert "left out 2 images" in capsys.readouterr().out
     flat = folder(tmp_path / "flat", {"1.png": "red", "more/2.png": "red"})
