@@ -23,8 +23,8 @@ from torch.utils.data import TensorDataset
 from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, UserError, add_source, check_source, check_writable, command,
                    compile_parts, finite, load_data, load_source, moments_of, pick_autocast, progress,
-                   require, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8, vae_of,
-                   whole_number)
+                   require, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8, to_x0,
+                   vae_of, whole_number)
 
 COMPILE_FROM = 10_000            # images per GPU: here compiling pays, at the latest the second time
 
@@ -212,7 +212,7 @@ def to_compile(args, device, world):
 
 def write(args, run, images, ids, how):
     """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
-    shown = images[:max(100, len(ids or []))].float() / 127.5 - 1            # 100, or one a class
+    shown = to_x0(images[:max(100, len(ids or []))], None)                   # 100, or one a class
     columns = len(ids) if ids and len(ids) > 1 else math.isqrt(len(shown))
     picture, archive = (run / f"{args.out or 'samples'}.{suffix}" for suffix in ("png", "npz"))
     replaced = ", in place of another" if picture.exists() else ""

@@ -396,9 +396,13 @@ def files_below(folder, above=()):
     return sorted(found, key=lambda path: (str(path.parent), path.name))
 
 
+def is_image(path):
+    return path.name.lower().endswith(SUFFIXES)
+
+
 def images_among(files, root):
     """-> those files that are images; one line says how many others there are below root."""
-    images = [path for path in files if path.name.lower().endswith(SUFFIXES)]
+    images = [path for path in files if is_image(path)]
     others = Counter(path.suffix.lower() or "without a suffix" for path in set(files) - set(images))
     if others:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
@@ -433,7 +437,7 @@ def list_folder(root, split):
         if (part / name).is_dir():
             files += files_below(part / name, above=(part.resolve(),))
     files = images_among(files, part)
-    loose = [path for path in part.iterdir() if path.name.lower().endswith(SUFFIXES) and not path.is_dir()]
+    loose = [path for path in part.iterdir() if is_ours(path.name) and is_image(path) and not path.is_dir()]
     if loose:
         say_once(f"left out {len(loose)} images of {part} that lie in no class: put them into a folder there")
     require(files, f"{part} has no images of classes: put some into {part.name}/<class>/.")
@@ -1760,10 +1764,9 @@ def start_log(run, out, resumed):
     lines = whole_lines(log, run.images) if log.exists() else [json.dumps(log_head(run))]
     text = "".join(line + "\n" for line in lines)
     save_file(log, lambda file: file.write(text.encode()))
-    for part in out.iterdir():                      # of a run that was killed
-        if re.search(r"\.[0-9a-f]{8}\.part$", part.name):
-            with suppress(OSError):
-                part.unlink()
+    for part in out.glob(f"*.{8 * '[0-9a-f]'}.part"):            # save_file's, of a run that was killed
+        with suppress(OSError):
+            part.unlink()
 
 
 def log_head(run):

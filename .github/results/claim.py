@@ -11,16 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}   # 97.5 % quantile of t, by degrees of freedom
-ROWS = [                                         # title, file, variant
-    ("UNet 36 M, z", "unet", "mid"),
-    ("UNet 36 M, z + distillation", "unet", "mid distill 0.005"),
-    ("U-ViT 11 M, z", "uvit", "mid"),
-    ("U-ViT 11 M, z + distillation", "uvit", "mid distill 0.005"),
-    ("DiT 14.5 M, z", "dit", "block_6"),
-    ("DiT 14.5 M, z + distillation", "dit", "block_6 distill 0.02"),
-]
-
-NETWORKS = [                                     # of claim.md: title, name, its z, weight of its distillation
+NETWORKS = [                                     # title, name, its z, weight of its distillation
     ("UNet 36 M", "unet", "mid", "0.005"),
     ("U-ViT 11 M", "uvit", "mid", "0.005"),
     ("DiT 14.5 M", "dit", "block_6", "0.02"),
@@ -78,25 +69,26 @@ def compare(ours, theirs, place, factor, digits, relative):
     return cell(differences, digits) if differences else "-"
 
 
-def table():
-    """-> the first page's table, in Markdown."""
-    rows = ["| network | distance (lower is better) | probe accuracy, points |", "|---|---|---|"]
-    for title, network, variant in ROWS:
-        runs = read_runs(f"pairs-{network}.jsonl")
-        pair = runs[network, variant], runs[network, "baseline"]
-        distance = compare(*pair, ("distance",), 1, 2, relative=False)
-        points = compare(*pair, ("test",), 100, 1, relative=False)
-        rows.append(f"| {title} | {distance} | {points} |")
-    return "\n".join(rows)
-
-
-# --- claim.md ---
-
 def forms(z, weight):
     """-> title and variant of each form of a network."""
     return {"baseline": "baseline", "z": z, "distillation": f"baseline distill {weight}",
             "z + distillation": f"{z} distill {weight}"}
 
+
+def table():
+    """-> the first page's table, in Markdown."""
+    rows = ["| network | distance (lower is better) | probe accuracy, points |", "|---|---|---|"]
+    for title, network, z, weight in NETWORKS:
+        runs = read_runs(f"pairs-{network}.jsonl")
+        for form in ("z", "z + distillation"):
+            pair = runs[network, forms(z, weight)[form]], runs[network, "baseline"]
+            distance = compare(*pair, ("distance",), 1, 2, relative=False)
+            points = compare(*pair, ("test",), 100, 1, relative=False)
+            rows.append(f"| {title}, {form} | {distance} | {points} |")
+    return "\n".join(rows)
+
+
+# --- claim.md ---
 
 def level_rows(runs):
     """What each form reached, a number a seed."""

@@ -36,8 +36,8 @@ def main(argv=None):
     samples = fd.read(args.samples)[:args.count]
     images = train.load_data(args.data, "train", samples.shape[-1]).images
     found = images[nearest(samples, images, device)]                         # (n, NEIGHBOURS, 3, H, W)
-    tiles = torch.cat([samples[:, None], found], 1).flatten(0, 1).float() / 127.5 - 1
-    train.save_file(args.out, lambda file: train.save_grid(tiles, file, 1 + NEIGHBOURS))
+    tiles = torch.cat([samples[:, None], found], 1).flatten(0, 1)
+    train.save_file(args.out, lambda file: train.save_grid(train.to_x0(tiles, None), file, 1 + NEIGHBOURS))
     train.say(f"{args.out}: {len(samples)} samples, left, and the {NEIGHBOURS} nearest training images")
 
 
