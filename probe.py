@@ -30,10 +30,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 
-from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_no_weights,
-                   check_source, check_writable, command, load_data, load_source, mix, moments_of,
-                   pick_autocast, progress, require, resolve, save_file, say, setup, to_x0, try_to,
-                   whole_number)
+from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_source, check_writable,
+                   command, load_data, load_source, mix, moments_of, pick_autocast, progress, require, resolve,
+                   save_file, say, setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
@@ -76,7 +75,10 @@ def parse(argv):
     require(bool(args.run or args.weights) != bool(args.compare),
             "give either the folder of a run, or --weights, or --compare and some.")
     if args.compare:
-        check_no_weights(args)
+        for name, value in vars(args).items():
+            fits = name in ("compare", "run", "weights", "task", "data")
+            require(fits or value == parser.get_default(name),
+                    f"--{name.replace('_', '-')} is for probing: --compare reads results, leave it out.")
     else:
         check_source(args)
     require(args.data != "voc" or args.task == "segment",

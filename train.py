@@ -1362,11 +1362,6 @@ def check_source(args):
     if args.weights:
         args.run = f"runs/{Path(args.weights).stem}"
         return
-    check_no_weights(args)
-
-
-def check_no_weights(args):
-    """Raises UserError where a flag of --weights is given without it."""
     for name in ("model", "size", "image_size"):
         require(getattr(args, name) is None,
                 f"--{name.replace('_', '-')} is for --weights: leave it out, the run knows it.")

@@ -852,7 +852,8 @@ def test_voc(run_probe, tmp_path, monkeypatch, offline, capsys):
     ("RUN --task segment --images 9", "9 10"), ("RUN --augment -1", "--augment -1"),
     ("RUN --seed -1", "--seed -1"), ("RUN --batch-size 0", "--batch-size 0"), ("RUN --nn 5", "--nn"),
     ("RUN --compare runs/A", "run --compare"), ("", "run --compare"),
-    ("--compare runs/A --size tiny", "--size --weights"),
+    ("--compare runs/A --size tiny", "--size probing"), ("--compare runs/A --t 10 30", "--t probing"),
+    ("--compare runs/A --task segment --references", "--references probing"),
     ("RUN --data cifar11", "cifar11"), ("RUN --device toaster", "toaster cpu"),
     ("empty", "empty/checkpoint.pt"),
     ("RUN --data folder:flat", "test"), ("RUN --data folder:one", "one class"),
@@ -868,7 +869,7 @@ def test_refused(folders, capsys, tmp_path, monkeypatch, offline, flags, words):
     before = tree(folders["classes"])
     argv = flags.replace("RUN", f"{folders['classes']}").split()
     with refused(capsys, *words.split()):
-        probe.main(argv if "--device" in flags else [*argv, "--device", "cpu"])
+        probe.main(argv if "--device" in flags or "--compare" in flags else [*argv, "--device", "cpu"])
     assert tree(folders["classes"]) == before and not os.listdir(tmp_path / "empty")
 
 
