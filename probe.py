@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 
-from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_source, check_writable,
-                   command, load_data, load_source, mix, moments_of, pick_autocast, progress, require, resolve,
-                   save_file, say, setup, to_x0, try_to, whole_number)
+from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_source,
+                   check_writable, command, load_data, load_source, mix, moments_of, pick_autocast, progress,
+                   require, resolve, save_file, say, setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable

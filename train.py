@@ -46,8 +46,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import resize, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import resize
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from diffusion import (SCHEDULES, TARGETS, TEACHER_SIGMA, GaussianDiffusion, augment, contrast,
@@ -75,7 +75,7 @@ class UserError(Exception):
 
 
 class OwnError(UserError):
-    """What one process alone may have met: each that does says it itself."""
+    """A UserError that may come up in one process alone, which says it; others come up in all of them."""
 
 
 def require(ok, message):
@@ -208,8 +208,8 @@ def check_config(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and value is not None:
             least = -1 if f.name == "seed" else 0
-            require(value > least, f"--{f.name.replace('_', '-')} {value} is impossible: "
-                                   f"use more than {least}.")
+            require(least < value < math.inf, f"--{f.name.replace('_', '-')} {value} is impossible: use a "
+                                              f"finite number, more than {least}.")
     require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
     require(not cfg.vae or not cfg.data.startswith("latents:"),
             f"{cfg.data} is encoded already: leave out --vae, or give images.")
@@ -230,7 +230,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text):
-    """That of a flag: 1000000, or 1e6."""
+    """Text of a flag, 1000000 or 1e6 -> int."""
     with suppress(ValueError):
         return int(text)
     with suppress(ValueError, OverflowError):
@@ -281,16 +281,16 @@ def parse_config(argv=None):
             saved |= dict(images=None, minutes=None)
         given = {**saved, **given}
     cfg = Config(**given)
+    if cfg.size == "tiny":
+        cfg = Config(**{**tiny_recipe(cfg), **given})
     if cfg.image_size is None:
         cfg.image_size = default_image_size(cfg)
-    recipe = tiny_recipe(cfg) if cfg.size == "tiny" else {}
-    cfg = Config(**{**asdict(cfg), **recipe, **given})
     if cfg.size is None:
         cfg.size = DEFAULT_SIZE[cfg.model]
     check_config(cfg)
     cfg.target = make_diffusion(cfg).target
     if cfg.images is None and cfg.minutes is None:
-        cfg.images = recipe.get("decay", 10_000_000)
+        cfg.images = TINY_IMAGES[cfg.model] if cfg.size == "tiny" else 10_000_000
     if cfg.out is None:
         cfg.out = default_out(cfg)
     return cfg
@@ -760,11 +760,12 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
             try:
                 images, labels, classes = in_every_process(lambda: list_images(spec, split, size, skip_bad))
             except UserError as e:
-                require(split == "test", str(e))
+                if split == "train":
+                    raise
                 say(f"without a test part, which probes need: {e}")
                 continue
             sums = encode_split(vae, images, labels, part / split, size, shape)
-        # of the training part: number, sum and sum of squares of each channel
+        # sums, classes: of the last split, the training part
         number, total, squares = sums
         mean = total / number
         std = (squares / number - mean ** 2).sqrt()
@@ -781,22 +782,23 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
 @contextmanager
 def alone(folder):
     """One program a machine at a time goes on behind this: two runs begun together encode folder() once."""
-    number = in_every_process(lambda: os.open(folder(), os.O_RDONLY))
+    fd = in_every_process(lambda: os.open(folder(), os.O_RDONLY))
     try:
         if is_first():                              # the others wait for it as for anything it does
             with suppress(OSError):                 # not every drive knows locks
-                lock(number)
+                lock(fd)
         yield
     finally:
-        os.close(number)                            # lets go, as the end of a program does
+        os.close(fd)                                # lets go, as the end of a program does
 
 
-def lock(number):
+def lock(fd):
+    """Takes the lock of an open folder, and waits, which it says, while another program has it."""
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say("another program makes latents of these images: waiting for it")
-        fcntl.flock(number, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_EX)
 
 
 def stamp_of_latents(spec, size, name):
@@ -825,23 +827,18 @@ def find_latents(spec, size, name, stamp):
             if json.loads((place / "meta.json").read_text())["stamp"] == stamp:
                 return place, True
     for place in places:
-        if make_room(place):
-            require(not place.exists() or (place / "meta.json").exists(),
-                    f"{place} is in the way of the latents and holds none: move it.")
-            return place, False
+        try:
+            check_writable(place.parent)
+        except UserError:
+            continue
+        require(not place.exists() or (place / "meta.json").exists(),
+                f"{place} is in the way of the latents and holds none: move it.")
+        return place, False
     raise UserError(f"neither {places[0].parent} nor data can be written: make one of them writable.")
 
 
-def make_room(place):
-    """Makes the folder that a place lies in -> may files be written there?"""
-    with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return os.access(place.parent, os.W_OK)
-    return False
-
-
 def make_folder(out):
-    """-> an empty folder beside out, for what is not whole yet; of an encoding that was killed, cleared."""
+    """-> an empty folder <out>.part, for what is not whole yet; what a killed encoding left there goes."""
     part = Path(f"{out}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -849,6 +846,7 @@ def make_folder(out):
 
 
 def put_in_place(part, out, meta):
+    """Writes meta.json into part, and makes it out."""
     (part / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in [*part.rglob("*"), part]:           # a power cut after the rename finds all of it there
         flush(path)
@@ -915,7 +913,9 @@ def encode_share(vae, source, folder, start, stop, size):
 def check_meta(meta):
     """Raises anything where this, of meta.json, is not what encode writes."""
     moments = np.array([meta["mean"], meta["std"]])
-    require(moments.shape == (2, meta["shape"][0]), "mean and std do not fit the shape")
+    C, h, w = meta["shape"]
+    require(h == w, "its latents are not square")
+    require(moments.shape == (2, C), "mean and std do not fit the shape")
     require(np.isfinite(moments).all() and moments[1].min() > 0, "mean or std cannot be")
     require(type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
     require(type(meta["classes"]) is list, "classes are no list")
@@ -957,7 +957,8 @@ def setup(name):
     many = "RANK" in os.environ                     # torchrun started this process
     device = torch.device(name)
     if name == "cuda":
-        i, count = int(os.environ.get("LOCAL_RANK", 0)) if many else 0, torch.cuda.device_count()
+        i = int(os.environ.get("LOCAL_RANK", 0)) if many else 0
+        count = torch.cuda.device_count()
         if i >= count:
             raise OwnError(f"this process wants GPU {i}, and there are {count}: start {count} a machine.")
         device = torch.device(name, i)
@@ -1144,9 +1145,9 @@ def clear_parts(path):
 def flush(path):
     """A file, or the names in a folder, to the disk, where it can: a power cut would else undo a rename."""
     with suppress(OSError):
-        number = os.open(path, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def mix(*numbers):
@@ -1184,8 +1185,7 @@ def save_grid(images, file, columns):
     """Images (N, C, H, W) in [-1, 1] -> a PNG file, row by row; small ones are enlarged for the eye."""
     zoom = max(1, 64 // images.shape[-1])
     tiles = to_uint8(images).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = make_grid(tiles, nrow=columns, padding=4, pad_value=255)
-    to_pil_image(grid).save(file, format="PNG")
+    save_image(tiles / 255, file, format="PNG", nrow=columns, padding=4, pad_value=1)
 
 
 # --- checkpoint ---------------------------------------------------------------------------------------------
@@ -1345,14 +1345,14 @@ def load_weights(args, device):
 
 def add_source(parser):
     """The flags that say what network it is, and how it runs."""
-    flag = parser.add_argument
-    flag("run", nargs="?", help="folder of a run of train.py")
-    flag("--weights", metavar="FILE", help="public weights in its place; results: runs/<name of the file>")
-    flag("--model", choices=list(MODELS), help="of --weights [dit]")
-    flag("--size", help="of --weights, one of the network's SIZES [small; unet: base]")
-    flag("--image-size", type=whole_number, help="of --weights, side in pixels [32]")
-    flag("--device", help="cuda, mps or cpu [the first of these that is there]")
-    flag("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
+    add = parser.add_argument
+    add("run", nargs="?", help="folder of a run of train.py")
+    add("--weights", metavar="FILE", help="public weights in its place; results: runs/<name of the file>")
+    add("--model", choices=list(MODELS), help="of --weights [dit]")
+    add("--size", help="of --weights, one of the network's SIZES [small; unet: base]")
+    add("--image-size", type=whole_number, help="of --weights, side in pixels [32]")
+    add("--device", help="cuda, mps or cpu [the first of these that is there]")
+    add("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
 
 
 def check_source(args):
@@ -1391,8 +1391,10 @@ class Batches:
             resident = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         self.images = images.to(device) if resident else images
         self.labels = data.labels.to(device) if resident else data.labels
-        self.resident, self.moments = resident, moments_of(data.meta, device)
-        self.cfg, self.diffusion, self.K, self.device = cfg, diffusion, len(data.classes), device
+        self.resident = resident
+        self.moments = moments_of(data.meta, device)
+        self.cfg, self.diffusion, self.device = cfg, diffusion, device
+        self.K = len(data.classes)
         self.mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.pool = None if resident else ThreadPoolExecutor(1)
         self.ahead = {}                             # step -> what the pool fetches for it
@@ -1417,6 +1419,11 @@ class Batches:
     def send(self, x):
         return self.pin(x).to(self.device, non_blocking=True)
 
+    def chance(self, *numbers):
+        """What torch.rand and the like draw from and where, as keyword arguments; see mix."""
+        g = torch.Generator(self.device).manual_seed(mix(self.cfg.seed, *numbers))
+        return dict(generator=g, device=self.device)
+
     def __call__(self, step):
         x, y = self.ahead.pop(step).result() if step in self.ahead else self.fetch(step)
         if self.pool:
@@ -1424,8 +1431,7 @@ class Batches:
         x0 = to_x0(self.send(x), self.moments).to(memory_format=LAYOUT[self.device.type])
         y = self.send(y)
         B = self.cfg.batch_size
-        on = dict(generator=torch.Generator(self.device), device=self.device)
-        on["generator"].manual_seed(mix(self.cfg.seed, step, 1))
+        on = self.chance(step, 1)
         flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
         t = self.diffusion.path.draw(B, **on)[self.mine]
         noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
@@ -1438,8 +1444,7 @@ class Batches:
     def noisy_view(self, x0, step):
         """Another view of each image, with a little noise: x_t, t. A function of (seed, step) as well."""
         B = self.cfg.batch_size
-        on = dict(generator=torch.Generator(self.device), device=self.device)
-        on["generator"].manual_seed(mix(self.cfg.seed, step, 0, 1))
+        on = self.chance(step, 0, 1)
         u = torch.rand(B, 4, **on)[self.mine]
         t = self.diffusion.path.draw_below(TEACHER_SIGMA, B, **on)[self.mine]
         noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
@@ -1582,13 +1587,10 @@ def make_fast(run):
     say("compiling: the first time it takes up to minutes, later it comes from a cache")
     compile_parts(run.net)
     x0, t, noise, y = run.batches(run.step)
-    keys = weight = None
     if run.cfg.distill:
         run.ema.encode = torch.compile(run.ema.encode, dynamic=False)        # the teacher
         run.keys_of = capture(run.keys_of, *run.batches.noisy_view(x0, run.step))
-        keys = torch.zeros(run.cfg.batch_size, 128, device=run.device)
-        weight = torch.zeros((), device=run.device)
-    run.forward_backward = capture(run.forward_backward, x0, t, noise, y, keys, weight)
+    run.forward_backward = capture(run.forward_backward, x0, t, noise, y, *distillation_inputs(run, x0))
 
 
 def learning_rate(cfg, images):
@@ -1602,7 +1604,8 @@ def distill_weight(cfg, images):
     """--distill; it falls linearly to 0 at --distill-images, if that is given."""
     if not cfg.distill:
         return 0.0
-    return cfg.distill * max(1 - images / cfg.distill_images, 0) if cfg.distill_images else cfg.distill
+    fall = max(1 - images / cfg.distill_images, 0) if cfg.distill_images else 1
+    return cfg.distill * fall
 
 
 @torch.no_grad()
@@ -1619,16 +1622,23 @@ def keys_of(run, view, t):
         return teacher_keys(run.ema, view, t, run.micro)
 
 
-def all_keys(run, x0):
-    """What the teacher says of another view of each image of the whole batch -> (B, 128)."""
-    if distill_weight(run.cfg, run.images) == 0:                 # then the teacher costs nothing
-        return torch.zeros(run.cfg.batch_size, 128, device=run.device)       # a graph wants keys
+def distillation_inputs(run, x0):
+    """-> the teacher's keys (B, 128), of another view of each image of the whole batch; the loss's weight ().
+
+    Both are None without --distill. Where the weight has fallen to 0, the teacher is not asked.
+    """
+    if not run.cfg.distill:
+        return None, None
+    value = distill_weight(run.cfg, run.images)
+    weight = torch.full((), value, device=run.device)            # a graph would keep a number as it was
+    if value == 0:
+        return torch.zeros(run.cfg.batch_size, 128, device=run.device), weight
     keys = run.keys_of(*run.batches.noisy_view(x0, run.step))
-    if run.world == 1:
-        return keys
-    every = [torch.empty_like(keys) for _ in range(run.world)]
-    dist.all_gather(every, keys)
-    return torch.cat(every)
+    if run.world > 1:
+        every = [torch.empty_like(keys) for _ in range(run.world)]
+        dist.all_gather(every, keys)
+        keys = torch.cat(every)
+    return keys, weight
 
 
 def distillation_loss(run, z, t, keys, i):
@@ -1652,13 +1662,13 @@ def forward_backward(run, x0, t, noise, y, keys, weight):
         labels = None if y is None else y[part]
         with run.autocast():
             out, z = run.net(x_t, t[part], labels, return_z=True)
-            denoising = run.diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
-            loss, distillation = denoising, torch.zeros_like(denoising)
+            loss = run.diffusion.error(out, x0[part], t[part], noise[part]).sum() / run.share
+            losses[0] += loss.detach()
             if keys is not None:
                 distillation = distillation_loss(run, z, t[part], keys, i)
-                loss = denoising + weight * distillation
+                losses[1] += distillation.detach()
+                loss = loss + weight * distillation
         run.scaler.scale(loss).backward()
-        losses += torch.stack([denoising, distillation]).detach()
     return losses
 
 
@@ -1675,11 +1685,7 @@ def average_gradients(weights, world):
 def train_step(run):
     """The gradients of a batch, and a step of the optimiser; the losses go into run.meter."""
     x0, t, noise, y = run.batches(run.step)
-    keys = weight = None
-    if run.cfg.distill:
-        # a tensor: of a number a graph would keep the value at its capture
-        weight = torch.full((), distill_weight(run.cfg, run.images), device=run.device)
-        keys = all_keys(run, x0)
+    keys, weight = distillation_inputs(run, x0)
     torch.manual_seed(mix(run.cfg.seed, run.step, 2 + run.rank))     # dropout follows (seed, step) too
     run.meter.losses += run.forward_backward(x0, t, noise, y, keys, weight)
     if run.world > 1:
@@ -1751,14 +1757,17 @@ def start_log(run, out, resumed):
         return
     config = json.dumps(asdict(run.cfg), indent=2)
     save_file(out / "config.json", lambda file: file.write(config.encode()))
-    log = out / "log.jsonl"
-    if log.exists() and not resumed:
-        kept = next(p for n in range(1, 1000) if not (p := out / f"log.jsonl.{n}").exists())
-        os.replace(log, kept)
+    path = out / "log.jsonl"
+    if path.exists() and not resumed:
+        n = 1
+        while (out / f"log.jsonl.{n}").exists():
+            n += 1
+        kept = out / f"log.jsonl.{n}"
+        os.replace(path, kept)
         say(f"{out} has a log but no checkpoint: starting anew, the old log is {kept}")
-    lines = whole_lines(log, run.images) if log.exists() else [json.dumps(log_head(run))]
+    lines = whole_lines(path, run.images) if path.exists() else [json.dumps(log_head(run))]
     text = "".join(line + "\n" for line in lines)
-    save_file(log, lambda file: file.write(text.encode()))
+    save_file(path, lambda file: file.write(text.encode()))
     for part in out.glob(f"*.{8 * '[0-9a-f]'}.part"):            # save_file's, of a run that was killed
         with suppress(OSError):
             part.unlink()
@@ -1775,10 +1784,10 @@ def log_head(run):
                 commit=commit)
 
 
-def whole_lines(log, images):
+def whole_lines(path, images):
     """Lines of log.jsonl that were written to their end: heads, and records up to so many images."""
     line = re.compile(r'^(?:{"images": (\d+), .*}|{"config": .*})$', re.M)
-    found = line.finditer(log.read_text(errors="replace"))
+    found = line.finditer(path.read_text(errors="replace"))
     return [match[0] for match in found if int(match[1] or 0) <= images]
 
 
@@ -1790,8 +1799,9 @@ def log(run, out, lr, begun, bar):
     """Adds a record to log.jsonl and shows it beside the bar."""
     denoising, distillation = finite_means(run, out / "checkpoint.pt")
     now = time.time()
+    minutes = (now - begun) / 60
     record = dict(images=run.images, loss=denoising)
-    if distill_weight(run.cfg, run.images - run.cfg.batch_size) > 0:
+    if distill_weight(run.cfg, run.images - run.cfg.batch_size) > 0:         # in the last step
         record["distill"] = distillation
     record["lr"] = lr
     record["images_per_second"] = round((run.images - run.meter.images) / (now - run.meter.time), 1)
@@ -1799,11 +1809,11 @@ def log(run, out, lr, begun, bar):
     if run.scaler.is_enabled():                     # the steps it left out since the start
         taken = [int(s["step"]) for s in run.optimizer.state.values()]       # all parameters count alike
         record["skipped"] = run.step - max(taken, default=0)
-    bar.set_postfix_str(f"loss {denoising:.4f}, {(now - begun) / 60:.1f} of {run.cfg.minutes or '-'} min")
+    bar.set_postfix_str(f"loss {denoising:.4f}, {minutes:.1f} of {run.cfg.minutes or '-'} min")
     if bar.disable:                                 # no terminal: a line a record
         of = f" of {run.cfg.images:,}" if run.cfg.images else ""
         say(f"{run.images:,}{of} images, loss {denoising:.4f}, {record['images_per_second']} images/s, "
-            f"{(now - begun) / 60:.1f} minutes", sys.stderr)
+            f"{minutes:.1f} minutes", sys.stderr)
     if run.rank == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -1834,15 +1844,15 @@ def check_start(cfg, out, world, state=None):
     require(share % (cfg.micro_batch or share) == 0,
             f"--micro-batch {cfg.micro_batch} does not divide a process's {share}: use a divisor.")
     check_writable(out)
-    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    empty = not out.exists() or not any(out.iterdir())
     require(cfg.resume or empty,
             f"{out} exists and is not empty: go on with --resume, or choose another --out.")
     if not state:
         return
-    mine = resolved(cfg)
-    kind = re.match("folder:|latents:|", cfg.data)[0]
+    mine, kind = resolved(cfg), cfg.data.partition(":")[0]
     for name, value in asdict(state["config"]).items():
-        moved = name == "data" and kind and value.startswith(kind)           # check_data looks into it
+        # a folder may have moved: check_data looks into it
+        moved = name == "data" and kind in ("folder", "latents") and value.startswith(f"{kind}:")
         require(name in MAY_CHANGE or moved or value == mine[name],
                 f"{state['path']} was trained with {name} {value}: resume it with the same flags, or choose "
                 "another --out.")
@@ -1942,10 +1952,9 @@ def train(cfg):
         sys.exit(128 + signalled)                   # as if the signal had ended it: not a success
     samples = out / f"samples-{run.images}.png"
     try_to("draw samples", lambda: draw(run, vae, samples))
-    if not samples.exists():
-        samples = "none"
+    drawn = samples if samples.exists() else "none"
     say(f"{run.images:,} images in {(time.time() - begun) / 60:.1f} minutes; checkpoint: {path}; "
-        f"log: {out / 'log.jsonl'}; samples: {samples}")
+        f"log: {out / 'log.jsonl'}; samples: {drawn}")
 
 
 @command

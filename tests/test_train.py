@@ -925,7 +925,7 @@ OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-siz
     ("--xyz", "--xyz --help"),
     ("--device cuda", "--device cuda cpu"),
     ("--device tpu", "--device tpu cpu"),
-    ("--lr nan", "--lr nan 0"),
+    ("--lr nan", "--lr nan 0"), ("--lr inf", "--lr inf 0"), ("--minutes inf", "--minutes inf 0"),
     ("--seed -1", "--seed -1"),
     ("--out a-file/run", "a-file/run"),
     ("--out a-file", "a-file choose another"),
