@@ -4,6 +4,7 @@
 """
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -181,10 +182,6 @@ def form_rows():
         yield "dead-ends.md", f"| {TITLES[name]} `{path}`, {rate} | {variant} | {' | '.join(cells)} |\n"
 
 
-def claim_rows():
-    yield FIRST, claim.table()
-
-
 def rate_rows():
     """Baselines at each rate, those at 5e-4 from the forms; in bold the rates of the claim's runs."""
     usual = dict(lr=5e-4, warmup=50_000)
@@ -211,18 +208,22 @@ def seed_rows():
     base, ours = [claim_curves.curve([*runs["uvit", variant].values()])[0][-1]
                   for variant in ("baseline", "mid distill 0.005")]
     yield "claim.md", f"the U-ViT's last layer has {ours:.0f} instead of {base:.0f} %"
-    grey = [claim.compare(runs[name, variant], runs[name, f"{variant}, grey border"],
-                          place, factor, digits, relative)
-            for name, variant in (("unet", "mid distill 0.005"), ("uvit", "mid distill 0.005"),
-                                  ("dit", "block_6 distill 0.02"))
-            for _, place, factor, _, digits, relative in claim.MEASURES]
+    grey = []
+    for _, name, z, weight in claim.NETWORKS:
+        variant = f"{z} distill {weight}"
+        grey += claim.differences(runs[name, variant], runs[name, f"{variant}, grey border"], claim.MEASURES)
     decided = sum("**" in cell for cell in grey)
     yield "claim.md", f"Of {len(grey)}\nintervals of what that changed, {decided} exclude 0."
-    dit = claim.compare(runs["dit", "block_6 distill 0.02"], runs["dit", "baseline"],
-                        ("distance", "classifier"), 1, 1, relative=True)
-    unet = claim.compare(runs["unet", "mid distill 0.005"], runs["unet", "baseline"],
-                         ("test",), 100, 1, relative=False)
-    yield FIRST, f"distance of the DiT, in %, {dit}; probe of the UNet, points, {unet}."
+    yield FIRST, "\n".join(claim.first_rows(runs)) + "\n"
+    levels = []
+    for _, place, factor, digits, *_ in claim.FIRST_PAGE:
+        means = [statistics.mean(claim.value(run, place, factor) for run in runs[name, "baseline"].values())
+                 for name in TITLES]
+        levels.append(", ".join(f"{mean:.{digits - 1}f}" for mean in means))
+    near, far, probe, knn = levels
+    yield FIRST, f"distances {near} and {far}; probe {probe} %; k-NN {knn} %."
+    minutes = [run["images"] / run["images_per_second"] / 60 for same in runs.values() for run in same.values()]
+    yield FIRST, f"images, {min(minutes):.0f} to {max(minutes):.0f} minutes, up to three at a time on one H200."
 
 
 def mps_rows():
@@ -244,7 +245,7 @@ def pair_rows():
 
 def main():
     wrong = 0
-    for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
+    for rows in (size_rows, speed_rows, cost_rows, sampling_rows,
                  demo_rows, pair_rows, path_rows, form_rows, rate_rows, seed_rows, mps_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:

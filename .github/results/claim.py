@@ -25,20 +25,21 @@ MEASURES = [            # where a run says it, times what; digits of a level, of
     ("transfer, %", ("transfer", "accuracy"), 100, 1, 1, False),
     ("loss", ("loss",), 1, 4, 2, True),
 ]
+FIRST_PAGE = MEASURES[:4]
 
 
-def interval(differences):
+def interval(values):
     """-> mean, low, high of the paired 95 % t-interval."""
-    n = len(differences)
-    mean = statistics.mean(differences)
-    half = T95[n - 1] * statistics.stdev(differences) / math.sqrt(n)
+    n = len(values)
+    mean = statistics.mean(values)
+    half = T95[n - 1] * statistics.stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
-def cell(differences, digits):
-    if len(differences) == 1:
-        return f"{differences[0]:+.{digits}f}"
-    mean, low, high = interval(differences)
+def cell(values, digits):
+    if len(values) == 1:
+        return f"{values[0]:+.{digits}f}"
+    mean, low, high = interval(values)
     text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
 
@@ -61,12 +62,18 @@ def value(run, place, factor):
 
 def compare(ours, theirs, place, factor, digits, relative):
     """Runs of two forms by seed -> a cell of what a measure says of them, over the seeds that both have."""
-    differences = []
+    found = []
     for seed in sorted(ours.keys() & theirs.keys()):
         a, b = value(ours[seed], place, factor), value(theirs[seed], place, factor)
         if a is not None and b is not None:
-            differences.append(100 * (a / b - 1) if relative else a - b)
-    return cell(differences, digits) if differences else "-"
+            found.append(100 * (a / b - 1) if relative else a - b)
+    return cell(found, digits) if found else "-"
+
+
+def differences(ours, theirs, measures):
+    """A cell of each of these measures."""
+    return [compare(ours, theirs, place, factor, digits, relative)
+            for _, place, factor, _, digits, relative in measures]
 
 
 def forms(z, weight):
@@ -75,17 +82,16 @@ def forms(z, weight):
             "z + distillation": f"{z} distill {weight}"}
 
 
-def table():
-    """-> the first page's table, in Markdown."""
-    rows = ["| network | distance (lower is better) | probe accuracy, points |", "|---|---|---|"]
-    for title, network, z, weight in NETWORKS:
-        runs = read_runs(f"pairs-{network}.jsonl")
-        for form in ("z", "z + distillation"):
-            pair = runs[network, forms(z, weight)[form]], runs[network, "baseline"]
-            distance = compare(*pair, ("distance",), 1, 2, relative=False)
-            points = compare(*pair, ("test",), 100, 1, relative=False)
-            rows.append(f"| {title}, {form} | {distance} | {points} |")
-    return "\n".join(rows)
+def first_rows(runs):
+    """The first page's table: z with distillation against the baseline, in samples and features."""
+    titles = [title.split(", %")[0] + (", %" if relative else ", points")
+              for title, *_, relative in FIRST_PAGE]
+    yield f"| network | pairs | {' | '.join(titles)} |"
+    yield "|---" * (2 + len(FIRST_PAGE)) + "|"
+    for title, name, z, weight in NETWORKS:
+        ours, theirs = runs[name, forms(z, weight)["z + distillation"]], runs[name, "baseline"]
+        cells = differences(ours, theirs, FIRST_PAGE)
+        yield f"| {title} | {len(ours.keys() & theirs.keys())} | {' | '.join(cells)} |"
 
 
 # --- claim.md ---
@@ -115,14 +121,13 @@ def difference_rows(runs):
         for form, other in (("z + distillation", "baseline"), ("z", "baseline"),
                             ("distillation", "baseline"), ("z + distillation", "distillation")):
             ours, theirs = runs.get((name, variants[form]), {}), runs.get((name, variants[other]), {})
-            cells = [compare(ours, theirs, place, factor, digits, relative)
-                     for _, place, factor, _, digits, relative in MEASURES]
+            cells = differences(ours, theirs, MEASURES)
             if set(cells) != {"-"}:
                 yield f"| {title} | {form}, {other} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    print(table())
     runs = read_runs("claim.jsonl")
+    print("\n".join(first_rows(runs)))
     print("\n".join(level_rows(runs)))
     print("\n".join(difference_rows(runs)))
