@@ -222,7 +222,8 @@ def seed_rows():
         levels.append(", ".join(f"{mean:.{digits - 1}f}" for mean in means))
     near, far, probe, knn = levels
     yield FIRST, f"distances {near} and {far}; probe {probe} %; k-NN {knn} %."
-    minutes = [run["images"] / run["images_per_second"] / 60 for same in runs.values() for run in same.values()]
+    every = [run for seeds in runs.values() for run in seeds.values()]
+    minutes = [run["images"] / run["images_per_second"] / 60 for run in every]
     yield FIRST, f"images, {min(minutes):.0f} to {max(minutes):.0f} minutes, up to three at a time on one H200."
 
 
