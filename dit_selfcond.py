@@ -78,7 +78,10 @@ class MLP(nn.Module):
 
 
 def sincos_table(side, dim):
-    """Fixed 2-D position table (side * side, dim), row by row: half of dim codes the column, half the row."""
+    """Fixed 2-D position table (side * side, dim), row by row: half of dim codes the column, half the row.
+
+    As get_2d_sincos_pos_embed of the original, which has it from MAE (arXiv 2111.06377).
+    """
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     args = torch.arange(side, dtype=torch.float64)[:, None] * omega          # (side, dim / 4)
     axis = torch.cat([args.sin(), args.cos()], dim=1)                        # (side, dim / 2)
@@ -197,9 +200,10 @@ class DiT(nn.Module):
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.view(m.weight.shape[0], -1))
                 nn.init.zeros_(m.bias)
-        # embeddings
-        for table in [self.time_mlp[0], self.time_mlp[2]] + ([self.label_embed] if self.num_classes else []):
-            nn.init.normal_(table.weight, std=0.02)
+        # embeddings of time and label
+        for m in [self.time_mlp[0], self.time_mlp[2], self.label_embed]:
+            if m is not None:
+                nn.init.normal_(m.weight, std=0.02)
         # zeros: each block starts as the identity (adaLN-Zero), the network as the constant 0
         for m in [block.modulation for block in self.blocks] + [self.final.modulation, self.final.linear]:
             nn.init.zeros_(m.weight)
@@ -224,7 +228,7 @@ class DiT(nn.Module):
         if self.num_classes:
             if y is None:                                                    # no class
                 y = torch.full_like(t, self.num_classes, dtype=torch.int64)
-            c = c + self.label_embed(y)
+            c = c + self.label_embed(y)                                      # (B,) -> (B, D)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions  # (B, C, H, W) -> (B, N, D)
         feats = {}
         for n, block in enumerate(self.blocks[:self.half], 1):

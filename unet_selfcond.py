@@ -6,12 +6,14 @@
                                   |                 ^
                                   +----> z ---------+                  z = mean over space
 
+Not drawn: skips lead from conv_in, each in_i and each downsampling to the decoder's blocks, last to first.
+
 Self-conditioning here means: the features of one layer are *aggregated* into a vector z and *rerouted* to all
 later layers (DDAE++, arXiv 2505.10999). It is not the "self-conditioning" of Analog Bits (arXiv 2208.04202),
 which feeds the last estimate of the clean image back as extra input channels.
 
-Baseline: the 35.7M UNet of DDPM (Ho et al., arXiv 2006.11239)
-in the form of DDAE (Xiang et al., ICCV 2023, arXiv 2303.09769).
+Baseline: the 35.7M UNet of DDPM (Ho et al., arXiv 2006.11239) in the form of DDAE (Xiang et al., ICCV 2023,
+arXiv 2303.09769).
 Read from top to bottom: each class uses only what stands above it. torch is the only import.
 
 Differs from the original by: t itself, where DDAE gives (t + 1) / 1000; attention through
@@ -36,7 +38,7 @@ def sinusoid(t, dim):
 
 
 def group_norm(x, groups, weight, bias, eps):
-    """What F.group_norm says of x (B, C, H, W), from the first two moments of each channel. G: groups."""
+    """F.group_norm of x (B, C, H, W), computed from the first two moments of each channel. G: groups."""
     dtype = x.dtype
     x = x.to(torch.promote_types(weight.dtype, torch.float32))               # squares of bf16 are too coarse
     moments = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])         # (2, B, C)
@@ -122,7 +124,8 @@ class UNet(nn.Module):
     channels     of the images
     num_classes  K > 0 makes it class-conditional; class K then means "no class"
     self_cond    False is the plain published baseline
-    dim          width, a multiple of 32; level i, of half the resolution of i - 1, has d = dim * mults[i]
+    dim          width, a multiple of 32; level i, of half the resolution of i - 1, has d = dim * mults[i];
+                 in the middle that is D, at h x w pixels; c has E = 4 dim
     attention    the levels whose blocks attend (0 is full resolution)
     blocks       residual blocks a level on the way down; one more on the way up
     dropout      in every block, before its second convolution
@@ -222,7 +225,7 @@ class UNet(nn.Module):
         if self.num_classes:
             if y is None:                                                    # no class
                 y = torch.full_like(t, self.num_classes, dtype=torch.int64)
-            c = c + self.label_embed(y)
+            c = c + self.label_embed(y)                                      # (B,) -> (B, E)
         h = self.conv_in(x)                                                  # (B, dim, H, W)
         feats, skips, n = {}, [], 0
         for *blocks, downsample in self.down:
@@ -231,7 +234,7 @@ class UNet(nn.Module):
                 h = block(h, c)                                              # (B, d, H / 2^i, W / 2^i)
                 skips.append(h)
                 feats[f"in_{n}"] = h
-            h = downsample(h)
+            h = downsample(h)                                                # to level i + 1, if there is one
         for block in self.mid:
             h = block(h, c)                                                  # (B, D, h, w)
         feats["mid"] = h
@@ -245,14 +248,14 @@ class UNet(nn.Module):
                 h = block(h, c, skips.pop())                                 # (B, d, H / 2^i, W / 2^i)
                 if feats is not None:
                     feats[f"out_{n}"] = h
-            h = upsample(h)
+            h = upsample(h)                                                  # to level i - 1, if there is one
         return self.end(h)                                                   # (B, d, H, W) -> (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
         """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
         t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, D, h, w), in depth order; else, with return_z, also z (B, D).
+        (B, d, H / 2^i, W / 2^i) of its level i, in depth order; else, with return_z, also z (B, D).
         """
         h, c, skips, feats = self.encoder(x, t, y)
 

@@ -16,7 +16,7 @@ Read from top to bottom: each class uses only what stands above it. torch is the
 
 Differs from the original by: discrete times (see from_public); attention through
 scaled_dot_product_attention, not forced to float32; one row more in the label table, "no class"; the last
-convolution starts as the identity, not at random, which a short training takes many images to undo; proj,
+convolution starts as the identity: undoing a random one costs a short training many images; proj,
 where self_cond is on.
 Also tried: one proj a decoder block, z added once to all tokens, z behind out_2 (see .github/results).
 """
@@ -82,7 +82,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; in the decoder it first fuses a long skip with the conditioning c.
 
-    Tokens x, skip (B, N, D); c (B, D) or, in the encoder, absent.
+    Tokens x, skip (B, N, D), N being all of them here; c (B, D) or, in the encoder, absent.
     """
 
     def __init__(self, dim, heads, skip=False):
@@ -203,21 +203,21 @@ class UViT(nn.Module):
             raise ValueError("labels y were given, but this network was built with num_classes=0.")
         if x.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"images {tuple(x.shape[2:])} do not fit a network for {self.image_size}.")
-        tokens = [sinusoid(t, self.dim)[:, None].to(x.dtype), self.patch_embed(x).flatten(2).transpose(1, 2)]
+        time = sinusoid(t, self.dim)[:, None].to(x.dtype)                    # (B,) -> (B, 1, D)
+        tokens = [time, self.patch_embed(x).flatten(2).transpose(1, 2)]      # (B, C, H, W) -> (B, N, D)
         if self.num_classes:
             if y is None:                                                    # no class
                 y = torch.full_like(t, self.num_classes, dtype=torch.int64)
-            label = self.label_embed(y)
-            tokens.insert(0, label[:, None])
+            tokens.insert(0, self.label_embed(y)[:, None])                   # (B,) -> (B, 1, D)
         x = torch.cat(tokens, dim=1) + self.positions                        # (B, extras + N, D)
         feats, skips = {}, []
         for n, block in enumerate(self.in_blocks, 1):
             x = block(x)                                                     # (B, extras + N, D)
             skips.append(x)
             feats[f"in_{n}"] = self.patch_map(x)
-        x = self.mid_block(x)
+        x = self.mid_block(x)                                                # (B, extras + N, D)
         feats["mid"] = self.patch_map(x)
-        c = x.new_zeros(x.shape[0], self.dim)
+        c = x.new_zeros(x.shape[0], self.dim)                                # (B, D)
         return x, c, skips, feats
 
     def decoder(self, x, c, skips, feats=None):
