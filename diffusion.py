@@ -4,6 +4,7 @@ Below a line, contrastive self-distillation.
 
 Conventions, used everywhere:
   data      x0 in [-1, 1] (latents: about unit variance)
+  scale     of edm sigma_data, the deviation of x0; else 1
   time      t from the image to noise: 0..T, of linear and cosine 0..T-1; a network gets t itself
   noising   x_t = a x0 / scale + s eps, a and s being functions of t
   velocity  v = da x0 / scale + ds eps, the derivative of x_t by the angle arctan(s / a) (arXiv 2202.00512,
@@ -33,8 +34,8 @@ SAMPLERS = ["ddim", "ddpm", "heun"]
 class Path:
     """What paths have in common; where they don't say otherwise, t is continuous, a float32 in 0..T.
 
-    Each path says coefficients(t) = (a, s, da, ds), how training draws t and, where t is continuous,
-    t_of(sigma).
+    Each path says coefficients(t) = (a, s, da, ds); draw(n), times for n images in training; and, where t is
+    continuous, t_of(sigma). on: generator= and device=, as of torch.rand.
     """
 
     scale = 1.0
@@ -163,7 +164,7 @@ class GaussianDiffusion:
     schedule    "linear", "cosine", "edm" or "flow": the path
     target      "eps" or "v"; edm and flow know v alone [v there, else eps]
     sigma_data  of edm: the standard deviation of the data; 0.5 for images, 1 for latents
-    Raises ValueError for anything else.
+    Raises ValueError for another schedule or target.
     """
 
     def __init__(self, T=1000, schedule="linear", target=None, sigma_data=0.5):
@@ -326,13 +327,6 @@ def augment(x0, u):
                          zero, side, place[:, 1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, x0.shape, align_corners=False)                            # (B, H, W, 2)
     return F.grid_sample(x0, grid, padding_mode="border", align_corners=False)
-
-
-@torch.no_grad()
-def teacher_keys(ema, x_t, t, micro):
-    """What the teacher says of views x_t (b, C, H, W) at t (b,), micro at a time -> (b, 128) float32."""
-    keys = [ema.projector(ema.encode(x, s)).float() for x, s in zip(x_t.split(micro), t.split(micro))]
-    return torch.cat(keys)
 
 
 def contrast(p, keys, own):

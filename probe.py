@@ -17,11 +17,12 @@ learns to tell the classes from them. The protocol (study) has three steps:
 import hashlib
 import io
 import json
+import math
 import re
 import time
 from collections import defaultdict, namedtuple
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ def parse(argv):
         value = getattr(args, name)
         require(value is None or value >= least,
                 f"--{name.replace('_', '-')} {value} is not possible: use {least} or more.")
-    require(len(stem(args)) < 200, f"--data {args.data} is too long for a file's name: use a link to it.")
+    require(len(stem(args).encode()) < 200,
+            f"--data {args.data} is too long for a file's name: use a link to it.")
     args.t = sorted(set(args.t))
     return args
 
@@ -181,9 +183,8 @@ def pool(h, p, S):
     if p is None:
         return h.mean((2, 3))
     places = torch.stack([p % S, p // S], -1)[:, :, None]   # (n, m, 1, 2): x, y
-    edge = 1 - 1 / h.shape[-1]                              # centres of the outer cells
-    grid = ((places + 0.5) / S * 2 - 1).clamp(-edge, edge)  # -1..1
-    h = F.grid_sample(h, grid, align_corners=False)         # (n, D, m, 1)
+    grid = (places + 0.5) / S * 2 - 1                       # -1..1
+    h = F.grid_sample(h, grid, padding_mode="border", align_corners=False)      # (n, D, m, 1)
     return h[..., 0].transpose(1, 2).flatten(0, 1)
 
 
@@ -227,12 +228,12 @@ def collect(source, part, levels, args, layers=None):
     views = range(1, args.augment + 1) if args.augment else [0]
     found, y = defaultdict(list), defaultdict(list)
     for view in views:
-        for layer, t, h, targets in extract(source, part, levels, args, layers, view, pixels, True):
+        for layer, t, h, targets in extract(source, part, levels, args, layers, view, pixels, learn=True):
             found[layer, t].append(h)
             y[layer, t].append(targets)
     # pop: what has been joined is not kept twice
     features = {place: torch.cat(found.pop(place)) for place in list(found)}
-    return features, torch.cat(next(iter(y.values())))      # targets are the same at all places
+    return features, torch.cat(y[layer, t])                 # those of the last place: all have the same
 
 
 # --- the solver ---
@@ -249,11 +250,11 @@ def spread(h):
     return std + 1e-6, mean
 
 
-def standardise(features, moments):
+def standardise(features, spreads):
     """P features (N, D) -> (h - mean) / std as x (P, D + 1, N); its last row is 1, for the bias."""
     N, D = features[0].shape
     x = features[0].new_ones(len(features), D + 1, N)
-    for place, h, (std, mean) in zip(x, features, moments):
+    for place, h, (std, mean) in zip(x, features, spreads):
         place[:-1] = ((h - mean) / std).T
     return x
 
@@ -275,13 +276,14 @@ def minimise(W, x, truth, share, penalty):
     ridge = torch.full_like(x[0, :, 0], penalty)            # (D + 1,)
     ridge[-1] = 0                                           # none on the bias
     ahead = W
-    bound = x.new_zeros(())
+    bound = torch.zeros_like(x[:, 0])                       # (P, N)
     for k in progress(range(ITERATIONS), f"probes, {penalty:g}", unit="step", leave=False):
         # p = softmax(W x), (P, K, N): what the probes say
         p = (ahead @ x).softmax(1)
         # Hessian by W of an image's cross-entropy = (diag(p) - p p^T) (x) x x^T <= (1 - |p|^2) x x^T, the
-        # trace of the first. Boehning (1992) bounds it for all p; here for those on the way so far.
-        bound = torch.maximum(bound, 1 - p.square().sum(1))     # (P, N)
+        # trace of the first. Boehning (1992) bounds it for all p, by 1/2; here for those on the way so far,
+        # which is more at first, where p is flat.
+        bound = torch.maximum(bound, 1 - p.square().sum(1))
         # rate = H^-1 of the bound; not in each step, which costs less
         if k % 10 == 0:
             rate = torch.linalg.inv(curvature(x, bound * share, ridge))
@@ -310,18 +312,18 @@ def fit(features, y, K, penalties):
     features: of P places, each (N, D); y: (N,) classes; one of K or more teaches nothing. Each penalty
     starts from the probes of the one before; let them fall. Raises UserError.
     """
-    moments = [spread(h) for h in features]
-    require(all(mean.isfinite().all() for _, mean in moments),
+    spreads = [spread(h) for h in features]
+    require(all(mean.isfinite().all() for _, mean in spreads),
             "the features have values that are not finite: the network's weights are damaged, or its "
             "--precision is too low.")
-    x = standardise(features, moments)                      # (P, D + 1, N)
+    x = standardise(features, spreads)                      # (P, D + 1, N)
     truth = F.one_hot(y.clamp(max=K - 1), K).T.float()      # (K, N)
     share = (y < K) / (y < K).sum()                         # (N,), sums to 1
     W = x.new_zeros(len(x), K, x.shape[1])
     found = [{} for _ in features]
     for penalty in penalties:
         W = minimise(W, x, truth, share, penalty)
-        for probes, V, (std, mean) in zip(found, W, moments):
+        for probes, V, (std, mean) in zip(found, W, spreads):
             probes[penalty] = unstandardise(V, std, mean)
     return found
 
@@ -387,11 +389,10 @@ def study(source, train, test, K, levels, args):
     best = max(scores, key=lambda place: scores[place][metric])     # step 2
     test_score = final_score(source, train, test, K, best, args)
     layers = list(dict.fromkeys(layer for layer, _, _ in scores))   # in depth order
-    table = [[max(scores[layer, t, penalty][metric] for penalty in PENALTIES) for t in levels]
-             for layer in layers]
+    held_out = [[round(max(scores[layer, t, penalty][metric] for penalty in PENALTIES), 5) for t in levels]
+                for layer in layers]
     layer, t, penalty = best
-    return dict(metric=metric, layers=layers, levels=levels,
-                held_out=[[round(value, 5) for value in row] for row in table],
+    return dict(metric=metric, layers=layers, levels=levels, held_out=held_out,
                 best=dict(layer=layer, t=t, penalty=penalty, **scores[best]), test=test_score)
 
 
@@ -501,7 +502,8 @@ def draw_maps(results, file):
     heading = [(what, "black"), *((summary(result), "black") for result in results)]
     values = [np.array(result["held_out"]) for result in results]
     low, high = min(map(np.min, values)), max(map(np.max, values))
-    width, top = NAMES + COLUMN * len(first["levels"]) + 16, 60 + 36 * (len(results) + several)
+    width = NAMES + COLUMN * len(first["levels"]) + 16
+    top = 60 + 36 * (len(heading) - 1 + several)            # several: a line of names above the maps
     picture, pen = canvas(width * len(results), top + 94 + ROW * max(map(len, values)), heading)
     for n, (result, scores) in enumerate(zip(results, values)):
         if several:
@@ -554,7 +556,8 @@ def draw_curves(results, file):
         points = list(zip(np.linspace(130, right, len(curve)), y))
         pen.line(points, colour, 4)
         for point, name in zip(points, result["layers"]):
-            pen.circle(point, 14 if name == result["bottleneck"] else 6, colour)
+            r = 14 if name == result["bottleneck"] else 6
+            pen.ellipse((point[0] - r, point[1] - r, point[0] + r, point[1] + r), colour)
             pen.text((point[0], bottom + 30 * (n + 1)), name, colour, anchor="mm")
     picture.save(file, "PNG")
 
@@ -569,11 +572,12 @@ def read_result(path, run):
         result = json.loads(path.read_text())
         for draw in (draw_curves, draw_maps):               # what a picture needs and lacks fails here
             draw([result], io.BytesIO())
-        scores = sum(result["held_out"], [result["test"][result["metric"]]])
+        scores = [result["test"][result["metric"]], *chain(*result["held_out"])]
         right = all(0 <= value <= 1 for value in scores) and result["test_images"] > 0
         require(right and all(name in result for name in ALIKE), "a score that cannot be")
     except Exception as e:
-        raise UserError(f"{path} is no result of probe.py ({type(e).__name__}): probe the run again.")
+        why = f"{type(e).__name__}: {e}"
+        raise UserError(f"{path} is no result of probe.py ({why}): probe the run again.")
     return result
 
 
@@ -612,7 +616,7 @@ def load_parts(spec, state, args, device):
 
 def digest(images):
     """A number for at most 1,000 of these images, by which other ones are told from them."""
-    some = images[::-(-len(images) // 1000)]
+    some = images[::math.ceil(len(images) / 1000)]
     return hashlib.sha256(some.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -647,8 +651,8 @@ def probe_run(args):
     torch.backends.cudnn.benchmark = True
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     source = Source(net, diffusion, autocast, device, moments_of(state["latents"], device))
-    name = re.sub(":.*/", ":", resolve(spec))               # results that are published name no machine
-    result = dict(run=Path(args.run).resolve().name, data=name, task=args.task, classes=K,
+    data = re.sub(":.*/", ":", resolve(spec))               # results that are published name no machine
+    result = dict(run=Path(args.run).resolve().name, data=data, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=len(train.images),
                   test_images=len(test.images), test_set=digest(test.images), trained_on=state["images"],
                   seed=args.seed, augment=args.augment, device=str(device), versions=VERSIONS)

@@ -56,7 +56,7 @@ def parse(argv):
     require(0 < args.count <= most, f"--count {args.count} is not possible: use 1 to {most:,}.")
     require(abs(args.seed) < 2 ** 62, f"--seed {args.seed} is not possible: use fewer digits.")
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
-    require(not args.out or (Path(args.out).name == args.out and len(args.out) < 200),
+    require(not args.out or (Path(args.out).name == args.out and len(args.out.encode()) < 200),
             f"--out {args.out} is not the name of a file: leave out folders, shorten it.")
     require(not args.denoise or not (args.npz or args.fid),
             "--denoise draws a picture of 4 images alone: leave out --npz and --fid.")
@@ -134,8 +134,7 @@ def collect(images, n, rank, world):
 
 def evenly(trace):
     """Ten steps of a trace, or all where there are fewer; with the first and the last."""
-    columns = min(10, len(trace))
-    return [trace[round(i * (len(trace) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    return [trace[round(i)] for i in np.linspace(0, len(trace) - 1, min(10, len(trace)))]
 
 
 def draw_denoise(steps, file):
@@ -213,7 +212,7 @@ def to_compile(args, device, world):
 def write(args, run, images, ids, how):
     """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
     shown = to_x0(images[:max(100, len(ids or []))], None)                   # 100, or one a class
-    columns = len(ids) if ids and len(ids) > 1 else math.isqrt(len(shown))
+    columns = min(len(ids), 20) if ids and len(ids) > 1 else math.isqrt(len(shown))
     picture, archive = (run / f"{args.out or 'samples'}.{suffix}" for suffix in ("png", "npz"))
     replaced = ", in place of another" if picture.exists() else ""
     if args.npz:
@@ -222,7 +221,7 @@ def write(args, run, images, ids, how):
         say(f"{archive}: arr_0 {pixels.shape} uint8")
     elif archive.exists():
         say(f"{archive} is of an earlier call")
-    save_file(picture, lambda file: save_grid(shown, file, min(columns, 20)))
+    save_file(picture, lambda file: save_grid(shown, file, columns))
     say(f"{picture}{replaced}: {len(shown)} of {args.count:,} images; {how}")
 
 
@@ -236,9 +235,7 @@ def main(argv=None):
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
     complete(args, state, diffusion, ids)
     compiled = to_compile(args, device, world)
-    whose = "public weights"
-    if not args.weights:
-        whose = f"EMA at {state['images']:,} images"
+    whose = "public weights" if args.weights else f"EMA at {state['images']:,} images"
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, {whose}"
     vae, moments = vae_of(state["latents"], device), moments_of(state["latents"], device)
     pixels = vae is not None or state["latents"] is None                     # else latents are all there is

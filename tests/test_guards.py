@@ -467,16 +467,18 @@ def test_run_that_may_not_be_written(old_run, monkeypatch, capsys, module, work)
         module.main([str(old_run), "--device", "cpu"])
 
 
-def test_name_too_long(old_run, capsys):
-    """A result that no file name can hold is refused before the probes."""
+@pytest.mark.parametrize("folder", ["x/" * 150, "\u5199" * 70])
+def test_name_too_long(old_run, capsys, folder):
+    """A result that no file name can hold, which counts bytes, is refused before the probes."""
     with refused(capsys, "--data", "too long"):
-        probe.main([str(old_run), "--data", "folder:" + "x/" * 150])
+        probe.main([str(old_run), "--data", f"folder:{folder}"])
 
 
 @pytest.mark.parametrize("main, flags, words", [
     (train.main, "--sede 1", "--sede --seed"), (sample.main, "run --guidence 1", "--guidence --guidance"),
     (probe.main, "run --argument 1", "--argument --augment"), (train.main, "--images 1.5", "1.5 whole"),
     (sample.main, "run --out a/b", "--out a/b"), (sample.main, f"run --out {'x' * 255}", "--out shorten"),
+    (sample.main, "run --out " + "\u5199" * 80, "--out shorten"),
     (train.main, "--images nan", "nan whole"), (train.main, "--images 1e400", "1e400 whole"),
     (sample.main, f"run -n {10 ** 12}", "--count 10,000,000"),
     (sample.main, f"run --seed {2 ** 63}", "--seed")])

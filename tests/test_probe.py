@@ -683,13 +683,14 @@ def test_compare(tmp_path, capsys):
     assert (tmp_path / "A/probe-segment-voc-compare.png").exists()
 
 
-ODD = ["{", "{}", "[]", "directory", made(held_out=[[1.5]] * 4), made(held_out=[[-1]] * 4)]
+IMPOSSIBLE = [made(held_out=[[1.5] * 3] * 4), made(held_out=[[-1] * 3] * 4)]
 UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1)
 
 
 @pytest.mark.parametrize("content, words", [
     (None, ["B/probe.json does not exist", "make it with python probe.py"]),
-    *[(content, ["B/probe.json is no result of probe.py"]) for content in ODD],
+    *[(odd, ["B/probe.json is no result of probe.py"]) for odd in ("{", "{}", "[]", "directory")],
+    *[(odd, ["B/probe.json is no result of probe.py", "a score that cannot be"]) for odd in IMPOSSIBLE],
     *[(made(**{what: other}), [what, str(other), str(made()[what])]) for what, other in UNLIKE.items()]])
 def test_compare_refuses(tmp_path, capsys, content, words):
     """Results that are missing, damaged or of runs that were probed otherwise; no picture is drawn."""

@@ -642,8 +642,8 @@ def test_distill_fades(tmp_path, monkeypatch):
     assert [train.distill_weight(cfg, images) for images in (0, 24, 36, 48, 99)] == [0.5, 0.25, 0.125, 0, 0]
     assert train.distill_weight(config("--distill 0.5"), 10**9) == 0.5
     monkeypatch.setattr(train, "LOG_STEPS", 1)
-    asked = []
-    monkeypatch.setattr(train, "teacher_keys", lambda *x: asked.append(1) or diffusion.teacher_keys(*x))
+    asked, keys_of = [], train.keys_of
+    monkeypatch.setattr(train, "keys_of", lambda *x: asked.append(1) or keys_of(*x))
     run(tmp_path / "run", flags)
     assert ["distill" in r for r in log(tmp_path / "run")[1]] == [True] * 3 + [False] * 3 and len(asked) == 3
 
