@@ -1,6 +1,7 @@
 """What real users ran into: odd folders, half an environment, damaged files, terminals that are none."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_half_an_environment(tmp_path, monkeypatch, capsys, given):
     with refused(capsys, "RANK", "torchrun"):
         train.main(argv(tmp_path / "run"))
     assert not tree(tmp_path)
+
+
+def test_port_in_use(tmp_path, monkeypatch, capsys):
+    """So is a start whose processes cannot meet, here since another run has the port."""
+    with socket.create_server(("", 0)) as server:
+        for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost",
+                                MASTER_PORT=str(server.getsockname()[1])).items():
+            monkeypatch.setenv(name, value)
+        with refused(capsys, "RANK", "torchrun"):
+            train.main(argv(tmp_path / "run"))
 
 
 def test_address_alone(tmp_path, monkeypatch):
@@ -233,7 +244,7 @@ def spoil(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["zeros", "nan"])
+@pytest.mark.parametrize("how", ["zeros", "ema", "model"])
 def test_damaged_weights(old_run, capsys, how):
     """No program loads a checkpoint whose bytes changed, or whose weights are not finite."""
     path = old_run / "checkpoint.pt"
@@ -241,7 +252,7 @@ def test_damaged_weights(old_run, capsys, how):
         spoil(path)
     else:
         state = load(old_run)
-        next(iter(state["ema"].values()))[0] = torch.nan
+        next(iter(state[how].values()))[0] = torch.nan
         torch.save(state, path)
     before = tree(old_run)
     for main, flags in ((sample.main, [str(old_run)]), (probe.main, [str(old_run)]),
@@ -362,7 +373,9 @@ def test_more_kinds(tmp_path, suffix):
     ({"train/c": None}, ""), ({"train/c/1.heic": b""}, ""), ({"train/c/1.png": b"broken"}, "--skip-bad")])
 def test_empty_class(tmp_path, capsys, files, flags):
     """A class of which no image can be read is named."""
-    spec = folder(tmp_path / "photos", {**CLASSES, **files})
+    spec = folder(tmp_path / "photos", CLASSES)
+    train.load_data(spec, "train", 8)               # which keeps the images: an empty folder changes none
+    folder(tmp_path / "photos", files)
     with refused(capsys, "of class c", ".png"):
         train.main(argv(tmp_path / "run", f"--data {spec} {flags}"))
 
@@ -538,8 +551,9 @@ def test_samples_have_names(old_run, capsys):
 
 # --- memory ---
 
-@pytest.mark.parametrize("program, flags", [(train, "--micro-batch"), (sample, "--batch-size"),
-                                            (probe, "--batch-size")])
+@pytest.mark.parametrize("program, flags", [
+    (train, "--micro-batch, --batch-size, --image-size or --size (train.py)"),
+    (sample, "--batch-size (sample.py)"), (probe, "--batch-size, --images or fewer --t (probe.py)")])
 def test_no_memory(old_run, tmp_path, monkeypatch, capsys, program, flags):
     """Where the GPU's memory is too small, a sentence says what to turn."""
     monkeypatch.setattr(program, {train: "train_step", sample: "draw", probe: "study"}[program], no_memory)

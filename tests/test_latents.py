@@ -316,6 +316,13 @@ def put(name, array):
     return lambda folder: np.save(folder / "train" / name, array)
 
 
+class Program:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
 def widen(folder):
     """Latents that fit meta.json, and no network."""
     change(shape=[4, SIDE, 2 * SIDE])(folder)
@@ -324,7 +331,7 @@ def widen(folder):
 
 @pytest.mark.parametrize("damage", [
     widen, change(shape=[4, 9, 9]), change(shape=7), change(vae="gone"), change(vae=["x"]),
-    change(mean=[0, 0, 0]), change(mean=[np.nan, 0, 0, 0]), change(std=[1, 1, 1, 0]), change(std=None),
+    change(mean=[0], std=[1]), change(mean=[np.nan, 0, 0, 0]), change(std=[1, 1, 1, 0]), change(std=None),
     change(std=["1"] * 4), change(classes=["a"]), change(classes=[1, 2]),
     edit("meta.json", lambda old: old[:30]), edit("meta.json", lambda old: b"[]"),
     edit("meta.json", lambda old: b"\xff\xfe\x00"),
@@ -334,15 +341,16 @@ def widen(folder):
     lambda folder: (folder / "train/labels.npy").unlink(),
     put("labels.npy", np.zeros(7, np.int64)), put("labels.npy", np.full(N, -1)),
     put("labels.npy", np.zeros(N)), put("labels.npy", np.zeros((N, 2), np.int64)),
-    put("labels.npy", np.array([print], object)), put("latents.npy", np.zeros((2, N, 4, SIDE, SIDE))),
+    put("labels.npy", np.array([Program()] * N, object)), put("latents.npy", np.zeros((2, N, 4, SIDE, SIDE))),
 ])
-def test_damaged(latents, tmp_path, capsys, damage):
-    """Latents that are damaged, cut off or disagree with meta.json are refused in a sentence."""
+def test_damaged(latents, tmp_path, monkeypatch, capsys, damage):
+    """Latents that are damaged, cut off or disagree with meta.json are refused; no program in them runs."""
+    monkeypatch.chdir(tmp_path)
     copied = Path(shutil.copytree(latents, tmp_path / "copy"))
     damage(copied)
     with refused(capsys, str(copied), "--vae"):
         train.main([*NET.split(), "--data", f"latents:{copied}", "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
+    assert names(tmp_path) == ["copy"]
 
 
 # --- train, sample, probe ---
@@ -446,7 +454,7 @@ def test_probe(trained, monkeypatch):
     (train, "--data latents:TMP/latents", "latents:TMP/latents|encoded already"),
     (probe, "--augment 2", "--augment|latents"),
     (probe, "--data latents:TMP/latents", "latents:TMP/latents|latents of the same VAE"),
-    (probe, "--task segment", "--task segment|masks"),
+    (probe, "--task segment", "--task segment|masks|trained on latents"),
 ])
 def test_refused(trained, latents, vae, mine, tmp_path, capsys, monkeypatch, script, more, words):
     """What does not go together is refused in a sentence, and nothing is made."""

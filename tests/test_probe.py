@@ -705,12 +705,17 @@ def test_compare_refuses(tmp_path, capsys, content, words):
     assert os.listdir(tmp_path / "A") == ["probe.json"]
 
 
-def test_precision(run_probe, monkeypatch):
+@pytest.mark.parametrize("flags, dtype", [("", torch.float32), ("--precision bf16", torch.bfloat16)])
+def test_precision(run_probe, monkeypatch, flags, dtype):
     """The passes run in --precision."""
-    asked, pick = [], probe.pick_autocast
-    monkeypatch.setattr(probe, "pick_autocast", lambda name, device: asked.append(name) or pick(name, device))
-    run_probe("classes", "--precision bf16")
-    assert asked == ["bf16"]
+    seen, forward = set(), train.DiT.forward
+
+    def watch(self, *args, **kwargs):
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(train.DiT, "forward", watch)
+    run_probe("classes", flags)
+    assert seen == {dtype}
 
 
 @pytest.mark.parametrize("where, kept", [("study", False), ("knn", True), ("references", True)])
@@ -732,7 +737,8 @@ def test_memory(folders, run_probe, capsys, monkeypatch, where, kept):
 def test_digest():
     """Images of one number are told from others, of many by some of them."""
     for n in (5, 2_500):
-        images, others = random_images(n, 8), random_images(n, 8, seed=1)
+        images = random_images(n, 8)
+        others = torch.cat([images[:n // 2], random_images(n - n // 2, 8, seed=1)])       # not from the first
         assert probe.digest(images) == probe.digest(images.clone()) != probe.digest(others)
 
 
@@ -857,14 +863,15 @@ def test_voc(run_probe, tmp_path, monkeypatch, offline, capsys):
     ("--compare runs/A --task segment --references", "--references probing"),
     ("RUN --data cifar11", "cifar11"), ("RUN --device toaster", "toaster cpu"),
     ("empty", "empty/checkpoint.pt"),
-    ("RUN --data folder:flat", "test"), ("RUN --data folder:one", "one class"),
+    ("RUN --data folder:bare", "bare has no test images"), ("RUN --data folder:one", "one class"),
     ("RUN --data folder:few", "6 2 10"), ("RUN --data folder:few --task segment", "masks shapes:full"),
     ("RUN --data voc --task segment", "Name or service not known"), ("RUN --data voc", "--task segment")])
 def test_refused(folders, capsys, tmp_path, monkeypatch, offline, flags, words):
     """What cannot be done gets one sentence with the flag, its value and what to do; nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    for name in "flat one/train/a one/test/a few/train/a few/train/b few/test/a few/test/b".split():
+    bare = "bare/train/a bare/train/b"
+    for name in f"{bare} one/train/a one/test/a few/train/a few/train/b few/test/a few/test/b".split():
         for i in range(3):
             picture(tmp_path / name / f"{i}.png", "red")
     before = tree(folders["classes"])

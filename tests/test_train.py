@@ -982,7 +982,7 @@ FOLDERS = {             # case -> files, flags, words
     "one class": (FLAT, "", "--conditional one"),
     "new class in test": ({**GOOD, "test/unknown/1.png": b""}, "", "unknown test train"),
     "unreadable": ({**GOOD, "train/b/7.png": b"this is no image"}, "", "photos/train/b/7.png --skip-bad"),
-    "cut at 90 %": ({**GOOD, "train/b/7.jpg": JPEG[:-99]}, "", "photos/train/b/7.jpg --skip-bad"),
+    "cut off": ({**GOOD, "train/b/7.jpg": encoded("JPEG", 24)[:-99]}, "", "photos/train/b/7.jpg --skip-bad"),
     "a bomb": ({**GOOD, "train/b/7.jpg": JPEG}, "", "photos/train/b/7.jpg --skip-bad"),
     "all left out": (dict.fromkeys(GOOD, b""), "--skip-bad", "none photos"),
 }

@@ -490,7 +490,7 @@ def test_starts_as_the_original(tmp_path, name, more):
     ("dit", K, "--no-conditional", ["10 classes", "--conditional"]),
     ("dit", 4, "--conditional", ["4 classes", "network 10"]),
     ("uvit", 0, "--conditional", ["0 classes", "--no-conditional"]),
-    ("dit", K, "--conditional --schedule flow --target v", ["--schedule linear"]),
+    ("dit", K, "--conditional --schedule cosine", ["--schedule linear"]),
     ("dit", K, "--conditional --target v", ["--target eps"])])
 def test_init_does_not_fit(tmp_path, monkeypatch, capsys, name, classes, more, words):
     """Other classes than the file's, another path or target are refused before anything is written."""
