@@ -178,7 +178,9 @@ def refused(capsys, *words):
     lines = re.split(r"[\r\n]+", capsys.readouterr().err.replace("\x1b[A", ""))
     said += [line for line in lines if line.strip() and not re.search(r"\d%\||\?, \?|/s[\],]|s/it", line)]
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
-    assert [word for word in words if word not in said[0]] == [], said
+    # pytest's folder has words of the test in its name
+    short = re.sub(r"\S*/pytest-of-[^/]+/pytest-\d+/[^/]+/", "", said[0])
+    assert [word for word in words if word not in short and not ("/" in word and word in said[0])] == [], said
 
 
 # --- pictures ---
