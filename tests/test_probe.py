@@ -529,6 +529,11 @@ def test_other_judges(folders, run_probe, monkeypatch, capsys):
     start = train.build(config, (3, 16, 16), 10, CPU)[0].state_dict()
     assert error(dict(untrained.net.state_dict()), dict(start)) == 0
     assert pixels.diffusion is trained.diffusion, "with the same noise"
+    assert pixels.net.keywords == dict(dense=False)
+    scores += [0.5] * 3
+    run_probe("classes", "--task segment --references", "probe-segment")
+    pixels, *_ = studied[-1]
+    assert pixels.net.keywords == dict(dense=True)
 
 
 @pytest.mark.parametrize("side, pooled", [(16, 16), (64, 32)])
