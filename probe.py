@@ -534,12 +534,19 @@ def draw_map(pen, left, top, result, shade):
             pen.text((x, y), f"{100 * result['held_out'][i][j]:.1f}", "black", anchor="mm")
 
 
+def axis(low, high):
+    """-> whole numbers around two scores (%), none beyond 0 and 100, with five whole steps between them."""
+    step = max(math.ceil((math.ceil(high) - math.floor(low)) / 5), 1)
+    start = min(math.floor(low), 100 - 5 * step)
+    return start, start + 5 * step
+
+
 def draw_grid(pen, ends, right, bottom):
-    """Lines behind curves, from x = 100 on and 460 high, and their values; ends: the lowest, the highest."""
+    """Lines behind curves, from x = 100 on and 460 high, and their values; ends: those of an axis."""
     for value in np.linspace(*ends, 6):
         y = np.interp(value, ends, (bottom, bottom - 460))
         pen.line((100, y, right, y), "#dddddd", 2)
-        pen.text((90, y), f"{value:.1f}", "black", anchor="rm")
+        pen.text((90, y), f"{value:.0f}", "black", anchor="rm")
 
 
 def draw_curves(results, file):
@@ -547,7 +554,7 @@ def draw_curves(results, file):
     what = f"{METRICS[results[0]['metric']]} of linear probes, held out (%), best t; large dot: z"
     heading = [(summary(result), colour) for result, colour in zip(results, cycle(LINES))]
     curves = [[100 * max(row) for row in result["held_out"]] for result in results]
-    ends = max(min(map(min, curves)) - 0.5, 0), min(max(map(max, curves)) + 0.5, 100)
+    ends = axis(min(map(min, curves)), max(map(max, curves)))
     right, bottom = 130 + max(900, 110 * len(curves[0])), 560 + 36 * len(results)
     picture, pen = canvas(right + 80, bottom + 30 + 30 * len(results), [(what, "black"), *heading])
     draw_grid(pen, ends, right, bottom)

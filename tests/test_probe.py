@@ -637,6 +637,14 @@ def test_pictures(tmp_path, monkeypatch, result):
     assert max(float(words) for (x, _), words in texts.items() if x == 90) == 100, "no axis beyond 100 %"
 
 
+@pytest.mark.parametrize("low, high, ends", [
+    (83.7, 100, (80, 100)), (54.8, 78.5, (54, 79)), (99.4, 99.4, (95, 100)), (0, 0, (0, 5)),
+    (0, 100, (0, 100)), (3.2, 97.9, (3, 98)), (2.5, 98.5, (0, 100))])
+def test_axis(low, high, ends):
+    """Whole numbers, around what is shown, at most 0 to 100, in five whole steps."""
+    assert probe.axis(low, high) == ends
+
+
 def test_maps(tmp_path):
     """Maps side by side are each that of a run alone, but for the colours, which have one scale."""
     high, low = made(run="high"), made(run="low", best=dict(made()["best"], t=made()["levels"][0]))

@@ -31,8 +31,8 @@ def draw(title, bottleneck, found, file):
     """found: form -> its runs; bottleneck: the layer of z, marked below."""
     names = next(iter(found.values()))[0]["layers"]
     curves = {form: curve(runs) for form, runs in found.items()}
-    ends = (min((mean - spread).min() for mean, spread in curves.values()) - 0.5,
-            max((mean + spread).max() for mean, spread in curves.values()) + 0.5)
+    ends = probe.axis(min((mean - spread).min() for mean, spread in curves.values()),
+                      max((mean + spread).max() for mean, spread in curves.values()))
     heading = [(f"{title}: probe accuracy, held out (%), best t", "black"),
                *((f"{form} ({len(runs)})", COLOURS[form]) for form, runs in found.items())]
     right, bottom = 130 + 90 * len(names), 560 + 36 * len(found)
