@@ -580,10 +580,12 @@ def read_result(path, run):
         for draw in (draw_curves, draw_maps):               # what a picture needs and lacks fails here
             draw([result], io.BytesIO())
         scores = [result["test"][result["metric"]], *chain(*result["held_out"])]
+        lost = [name for name in ALIKE if name not in result]
+        require(not lost, f"written by other code: without {', '.join(lost)}")
         right = all(0 <= value <= 1 for value in scores) and result["test_images"] > 0
-        require(right and all(name in result for name in ALIKE), "a score that cannot be")
+        require(right, "a score that cannot be")
     except Exception as e:
-        why = f"{type(e).__name__}: {e}"
+        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         raise UserError(f"{path} is no result of probe.py ({why}): probe the run again.")
     return result
 

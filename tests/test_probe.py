@@ -696,6 +696,7 @@ def test_compare(tmp_path, capsys):
     assert (tmp_path / "A/probe-segment-voc-compare.png").exists()
 
 
+OLDER = {name: value for name, value in made().items() if name != "test_set"}
 IMPOSSIBLE = [made(held_out=[[1.5] * 3] * 4), made(held_out=[[-1] * 3] * 4)]
 UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1)
 
@@ -704,6 +705,7 @@ UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=
     (None, ["B/probe.json does not exist", "make it with python probe.py"]),
     *[(odd, ["B/probe.json is no result of probe.py"]) for odd in ("{", "{}", "[]", "directory")],
     *[(odd, ["B/probe.json is no result of probe.py", "a score that cannot be"]) for odd in IMPOSSIBLE],
+    (OLDER, ["B/probe.json is no result of probe.py", "without test_set"]),
     *[(made(**{what: other}), [what, str(other), str(made()[what])]) for what, other in UNLIKE.items()]])
 def test_compare_refuses(tmp_path, capsys, content, words):
     """Results that are missing, damaged or of runs that were probed otherwise; no picture is drawn."""
