@@ -660,7 +660,7 @@ def probe_run(args):
     torch.backends.cudnn.benchmark = True
     autocast, _ = pick_autocast(args.precision or cfg.precision, device)
     source = Source(net, diffusion, autocast, device, moments_of(state["latents"], device))
-    data = re.sub(":.*/", ":", resolve(spec))               # results that are published name no machine
+    data = re.sub(r":.*[/\\]", ":", resolve(spec))          # results that are published name no machine
     result = dict(run=Path(args.run).resolve().name, data=data, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=len(train.images),
                   test_images=len(test.images), test_set=digest(test.images), trained_on=state["images"],

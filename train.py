@@ -12,7 +12,6 @@ training is, begin at the end: train, loop, advance, train_step, forward_backwar
 """
 import argparse
 import copy
-import fcntl
 import functools
 import glob
 import hashlib
@@ -530,9 +529,9 @@ def decode_together(files, size, skip_bad, split):
 def read_cache(cache, stamp):
     """-> the images that a cache holds, None where there is none, a damaged one, or one of other files."""
     with suppress(Exception):                       # a damaged one raises many kinds
-        kept = np.load(cache)
-        if str(kept["stamp"]) == stamp:
-            return torch.from_numpy(kept["images"])
+        with np.load(cache) as kept:
+            if str(kept["stamp"]) == stamp:
+                return torch.from_numpy(kept["images"])
     return None
 
 
@@ -782,23 +781,28 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
 @contextmanager
 def alone(folder):
     """One program a machine at a time goes on behind this: two runs begun together encode folder() once."""
-    fd = in_every_process(lambda: os.open(folder(), os.O_RDONLY))
+    place = in_every_process(folder)
+    fd = None
+    if is_first():                                  # the others wait for it as for anything it does
+        with suppress(OSError, ImportError):        # not every drive knows locks, nor does Windows
+            fd = lock(place)
     try:
-        if is_first():                              # the others wait for it as for anything it does
-            with suppress(OSError):                 # not every drive knows locks
-                lock(fd)
         yield
     finally:
-        os.close(fd)                                # lets go, as the end of a program does
+        if fd is not None:
+            os.close(fd)                            # lets go, as the end of a program does
 
 
-def lock(fd):
-    """Takes the lock of an open folder, and waits, which it says, while another program has it."""
+def lock(folder):
+    """Opens a folder with its lock -> its file number. Waits, and says so, while another program has it."""
+    import fcntl
+    fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say("another program makes latents of these images: waiting for it")
         fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
 
 
 def stamp_of_latents(spec, size, name):
@@ -1074,7 +1078,7 @@ def pick_autocast(name, device):
     return lambda: torch.autocast(device.type, dtype, cache_enabled=False), dtype
 
 
-STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 def collect_stops():
@@ -1146,8 +1150,10 @@ def flush(path):
     """A file, or the names in a folder, to the disk, where it can: a power cut would else undo a rename."""
     with suppress(OSError):
         fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def mix(*numbers):

@@ -161,6 +161,20 @@ def test_encode_at_once(mine, vae, monkeypatch, capsys):
     assert capsys.readouterr().out.count("waiting for it") == 1
 
 
+def test_encode_like_windows(mine, vae, latents, monkeypatch):
+    """Where neither locks nor opened folders are to be had, one encodes without them."""
+    plain = os.open
+
+    def refuse_folders(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, *args, **kwargs)
+    monkeypatch.setattr(os, "open", refuse_folders)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    data = train.load_data(f"folder:{mine}", "train", SIZE, vae=str(vae))
+    assert np.array_equal(data.both.numpy(), both_of(latents))
+
+
 def test_place(mine, vae, tmp_path, monkeypatch):
     """Latents of shapes, or where the data's parent can't be written, are under data/, and found there.
 

@@ -232,6 +232,31 @@ def test_ignored_signals():
         signal.signal(signal.SIGINT, old[0])
 
 
+LIKE_WINDOWS = """
+import os, signal, sys
+sys.modules["fcntl"] = None                             # cannot be imported
+del signal.SIGHUP
+plain = os.open
+
+def refuse_folders(path, *args, **kwargs):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    return plain(path, *args, **kwargs)
+
+os.open = refuse_folders
+import train
+train.main()
+"""
+
+
+def test_like_windows(tmp_path, photos):
+    """A run needs nothing that Windows lacks."""
+    flags = f"{MOVES} --data folder:{photos} --images 32"
+    code, said, err = end(start("-c", LIKE_WINDOWS, *argv(tmp_path / "run", flags)))
+    assert code == 0 and "Traceback" not in err, err
+    assert_same_run(load(tmp_path / "run"), run(tmp_path / "whole", flags))
+
+
 # --- several processes ---
 
 def test_one_dies(tmp_path, photos):
