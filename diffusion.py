@@ -326,7 +326,8 @@ def augment(x0, u):
     theta = torch.stack([side * mirror, zero, place[:, 0],
                          zero, side, place[:, 1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, x0.shape, align_corners=False)                            # (B, H, W, 2)
-    return F.grid_sample(x0, grid, padding_mode="border", align_corners=False)
+    # outside by half a pixel at most, where reflection repeats the border; "border" needs torch 2.13 on MPS
+    return F.grid_sample(x0, grid, padding_mode="reflection", align_corners=False)
 
 
 def contrast(p, keys, own):

@@ -184,7 +184,8 @@ def pool(h, p, S):
         return h.mean((2, 3))
     places = torch.stack([p % S, p // S], -1)[:, :, None]   # (n, m, 1, 2): x, y
     grid = (places + 0.5) / S * 2 - 1                       # -1..1
-    h = F.grid_sample(h, grid, padding_mode="border", align_corners=False)      # (n, D, m, 1)
+    # outside by half a pixel at most: see augment of diffusion.py
+    h = F.grid_sample(h, grid, padding_mode="reflection", align_corners=False)  # (n, D, m, 1)
     return h[..., 0].transpose(1, 2).flatten(0, 1)
 
 
