@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.datasets import VOCSegmentation
 
-from train import (LAYOUT, VERSIONS, Data, Parser, UserError, add_source, build, check_source,
-                   check_writable, command, load_data, load_source, mix, moments_of, pick_autocast, progress,
+from train import (VERSIONS, Data, Parser, UserError, add_source, build, check_source, check_writable,
+                   command, layout_of, load_data, load_source, mix, moments_of, pick_autocast, progress,
                    require, resolve, save_file, say, setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
@@ -184,6 +184,7 @@ def pool(h, p, S):
         return h.mean((2, 3))
     places = torch.stack([p % S, p // S], -1)[:, :, None]   # (n, m, 1, 2): x, y
     grid = (places + 0.5) / S * 2 - 1                       # -1..1
+    h = h.contiguous()                                      # MPS: pytorch/pytorch#174339
     # outside by half a pixel at most: see augment of diffusion.py
     h = F.grid_sample(h, grid, padding_mode="reflection", align_corners=False)  # (n, D, m, 1)
     return h[..., 0].transpose(1, 2).flatten(0, 1)
@@ -206,7 +207,7 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=None, learn=
         targets = part.targets[start:start + size].to(device).long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)
-        x0 = x0.contiguous(memory_format=LAYOUT[device.type])
+        x0 = x0.contiguous(memory_format=layout_of(device))
         noise = torch.randn(x0.shape, generator=g, device=device)
         p = None
         if targets.ndim == 3:                               # masks

@@ -62,8 +62,6 @@ CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
 LOG_STEPS = 20            # steps between two records of log.jsonl, and two looks at the loss
 GUIDANCE = 2.0            # of the sample grids, where the model is class-conditional
-LAYOUT = dict(cuda=torch.channels_last, mps=torch.channels_last, cpu=torch.contiguous_format,
-              meta=torch.contiguous_format)      # of images
 VERSIONS = f"Python {platform.python_version()}, torch {torch.__version__}"
 
 
@@ -111,7 +109,9 @@ def try_to(what, work):
     """Does what a run can do without: where it fails, one line says so, and the run goes on."""
     try:
         work()
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
+    except Exception as e:
+        if not (isinstance(e, (UserError, OSError)) or is_out_of_memory(e)):
+            raise
         say(f"could not {what}, going on: {e}")
 
 
@@ -959,6 +959,8 @@ def setup(name):
     name = name or usable[0]
     require(name in usable, f"--device {name} is not there: use {', '.join(usable)}.")
     many = "RANK" in os.environ                     # torchrun started this process
+    require(not many or name != "mps", "processes can't share the work on mps: start with python, without "
+                                       "torchrun, or add --device cpu.")
     device = torch.device(name)
     if name == "cuda":
         i = int(os.environ.get("LOCAL_RANK", 0)) if many else 0
@@ -1026,7 +1028,13 @@ def from_first(work):
 
 def is_out_of_memory(error):
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)       # torch, of a CPU's
+    words = "can't allocate memory", "MPS backend out of memory"             # torch, of a CPU's, of a Mac's
+    return known or any(text in str(error) for text in words)
+
+
+def layout_of(device):
+    """The memory format of images with which convolutions are fast; on MPS the other one is not."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def command(body):
@@ -1218,7 +1226,7 @@ def build(cfg, shape, num_classes, device):
         net.abar.copy_(diffusion.abar_table())
     if cfg.distill:                                 # last: the rest starts as it does without
         net.projector = make_projector(net)
-    return net.to(device, memory_format=LAYOUT[device.type]), diffusion
+    return net.to(device, memory_format=layout_of(device)), diffusion
 
 
 def check_shape(cfg, shape):
@@ -1423,7 +1431,8 @@ class Batches:
         return x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
 
     def send(self, x):
-        return self.pin(x).to(self.device, non_blocking=True)
+        pinned = self.device.type == "cuda"         # else x might be gone before it is copied
+        return self.pin(x).to(self.device, non_blocking=pinned)
 
     def chance(self, *numbers):
         """What torch.rand and the like draw from and where, as keyword arguments; see mix."""
@@ -1434,7 +1443,7 @@ class Batches:
         x, y = self.ahead.pop(step).result() if step in self.ahead else self.fetch(step)
         if self.pool:
             self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
-        x0 = to_x0(self.send(x), self.moments).to(memory_format=LAYOUT[self.device.type])
+        x0 = to_x0(self.send(x), self.moments).to(memory_format=layout_of(self.device))
         y = self.send(y)
         B = self.cfg.batch_size
         on = self.chance(step, 1)
@@ -1454,7 +1463,7 @@ class Batches:
         u = torch.rand(B, 4, **on)[self.mine]
         t = self.diffusion.path.draw_below(TEACHER_SIGMA, B, **on)[self.mine]
         noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
-        view = augment(x0, u).to(memory_format=LAYOUT[self.device.type])
+        view = augment(x0, u).to(memory_format=layout_of(self.device))
         return self.diffusion.add_noise(view, t, noise), t
 
 

@@ -30,6 +30,10 @@ def no_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+def no_memory_of_a_mac(*args, **kwargs):
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 17.0 GB, max allowed: 18.1 GB).")
+
+
 def folder(root, files):
     """Writes {name: colour, bytes or None, a folder} below root -> the spec."""
     for name, content in files.items():
@@ -59,13 +63,15 @@ def test_read_only_data(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Read-only file system") == 1 and tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("what", ["grid", "memory", "git"])
+@pytest.mark.parametrize("what", ["grid", "memory", "memory of a Mac", "git"])
 def test_goes_on_without(tmp_path, monkeypatch, capsys, what):
     """A grid that can't be drawn or written, or a machine without git, does not end a run."""
     if what == "grid":
         monkeypatch.setattr(train, "save_grid", fail)
     if what == "memory":
         monkeypatch.setattr(train.GaussianDiffusion, "sample", no_memory)
+    if what == "memory of a Mac":
+        monkeypatch.setattr(train.GaussianDiffusion, "sample", no_memory_of_a_mac)
     if what == "git":
         monkeypatch.setenv("PATH", "")
     assert run(tmp_path / "run", "--images 32 --sample-every 16")["images"] == 32
@@ -113,6 +119,15 @@ def test_too_many_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(train.OwnError, match="GPU 2, and there are 2"):
         train.setup("cuda")
+
+
+def test_processes_on_a_mac(monkeypatch):
+    """torchrun is refused where the device would be MPS, which has no way to share the work."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(train.UserError, match="without torchrun"):
+        train.setup(None)
 
 
 # --- the data of a run that goes on ---
