@@ -373,6 +373,8 @@ def folder_of(spec):
     """The folder that a spec names. Raises UserError where there is none."""
     root = Path(resolve(spec).partition(":")[2])
     require(root.is_dir(), f"{root} does not exist or is no folder: correct --data {spec}.")
+    require(root.name or spec.startswith("latents:"),
+            f"{root} is a whole drive: name a folder on it, beside which its cache can be.")
     return root
 
 
@@ -1028,7 +1030,8 @@ def from_first(work):
 
 def is_out_of_memory(error):
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    words = "can't allocate memory", "MPS backend out of memory"             # torch, of a CPU's, of a Mac's
+    # torch, of a CPU's, the same on Windows, a Mac's
+    words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
     return known or any(text in str(error) for text in words)
 
 
@@ -1821,7 +1824,8 @@ def log(run, out, lr, begun, bar):
     if distill_weight(run.cfg, run.images - run.cfg.batch_size) > 0:         # in the last step
         record["distill"] = distillation
     record["lr"] = lr
-    record["images_per_second"] = round((run.images - run.meter.images) / (now - run.meter.time), 1)
+    seconds = max(now - run.meter.time, 1e-3)       # a clock may stand still for a step
+    record["images_per_second"] = round((run.images - run.meter.images) / seconds, 1)
     record["seconds"] = round(now - begun, 1)
     if run.scaler.is_enabled():                     # the steps it left out since the start
         taken = [int(s["step"]) for s in run.optimizer.state.values()]       # all parameters count alike

@@ -188,6 +188,7 @@ def test_names_do_not_matter_without_classes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spec, words", [("folder:nowhere", "nowhere exist"), ("photos", "folder:photos"),
+                                         ("folder:/", "drive"),
                                          ("latents:nowhere", "nowhere exist"), ("random", "random shapes")])
 def test_no_such_data(tmp_path, monkeypatch, capsys, spec, words):
     """A folder that is not there is called so; one without its "folder:" is suggested."""

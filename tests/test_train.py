@@ -663,6 +663,9 @@ def test_speed_in_the_log(tmp_path, monkeypatch):
     run(tmp_path / "run", "--images 64")
     found = [(r["images_per_second"], r["seconds"]) for r in log(tmp_path / "run")[1]]
     assert found == [(10.7, 3), (4.6, 10)]
+    monkeypatch.setattr(train, "update_ema", update)                         # now the clock stands still
+    run(tmp_path / "still", "--images 64")
+    assert log(tmp_path / "still")[1][-1]["images"] == 64
 
 
 @pytest.mark.parametrize("flags", ["", *[f"--schedule {path} --distill 0.5" for path in (
