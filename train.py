@@ -207,8 +207,9 @@ def check_config(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and value is not None:
             least = -1 if f.name == "seed" else 0
-            require(least < value < math.inf, f"--{f.name.replace('_', '-')} {value} is impossible: use a "
-                                              f"finite number, more than {least}.")
+            name = f.name.replace("_", "-")
+            require(least < value < 1e38,           # float32 ends there
+                    f"--{name} {value} is impossible: use a number more than {least} and less than 1e38.")
     require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
     require(not cfg.vae or not cfg.data.startswith("latents:"),
             f"{cfg.data} is encoded already: leave out --vae, or give images.")

@@ -929,6 +929,7 @@ OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-siz
     ("--device cuda", "--device cuda cpu"),
     ("--device tpu", "--device tpu cpu"),
     ("--lr nan", "--lr nan 0"), ("--lr inf", "--lr inf 0"), ("--minutes inf", "--minutes inf 0"),
+    ("--lr 1e39", "--lr 1e+39 1e38"),
     ("--seed -1", "--seed -1"),
     ("--out a-file/run", "a-file/run"),
     ("--out a-file", "a-file choose another"),
