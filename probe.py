@@ -521,10 +521,9 @@ def draw_map(pen, left, top, result, shade):
     end = left + NAMES - 14                                 # of the names
     for x, t in zip(columns, result["levels"]):
         pen.text((x, top + 22), f"t = {t}", "black", anchor="mm")
-    if "sigmas" in result:                                  # not in results of before there were four paths
-        pen.text((end, top + 50), "noise / signal", "black", anchor="rm")
-        for x, sigma in zip(columns, result["sigmas"]):
-            pen.text((x, top + 50), f"{sigma:.3f}", "black", anchor="mm")
+    pen.text((end, top + 50), "noise / signal", "black", anchor="rm")
+    for x, sigma in zip(columns, result["sigmas"]):
+        pen.text((x, top + 50), f"{sigma:.3f}", "black", anchor="mm")
     for i, (y, name) in enumerate(zip(rows, result["layers"])):
         z = " (z)" if name == result["bottleneck"] else ""
         pen.text((end, y), name + z, "black", anchor="rm")

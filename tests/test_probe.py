@@ -677,7 +677,6 @@ def test_compare(tmp_path, capsys):
     """--compare draws curves and maps of all runs, two pictures in the first one's folder, and no more."""
     lower = [[value - 0.1 for value in row] for row in made()["held_out"]]
     results = dict(A=made(run="A"), B=made(run="B", held_out=lower), C=made(7, run="C"))
-    del results["C"]["sigmas"]                      # as in results of before there were four paths
     runs = {name: write(tmp_path / name, result) for name, result in results.items()}
     for names in ("BA", "ABC"):
         probe.main(["--compare", *(runs[name] for name in names)])

@@ -266,11 +266,6 @@ def mps_rows():
     yield "speed.md", f"{said[0]} images/s, without it {said[1]}: {100 * (sums[0] / sums[1] - 1):.0f} % more"
 
 
-def pair_rows():
-    for name in TITLES:
-        yield "results.md", study.table(study.read(HERE / f"pairs-{name}.jsonl"))
-
-
 def on_one_line(text):
     """So that it does not matter where a page breaks its lines; rows of tables end where they end."""
     return re.sub(r"(?<!\|)\n", " ", text)
@@ -279,7 +274,7 @@ def on_one_line(text):
 def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
-                 demo_rows, pair_rows, path_rows, form_rows, rate_rows, seed_rows, mps_rows):
+                 demo_rows, path_rows, form_rows, rate_rows, seed_rows, mps_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):

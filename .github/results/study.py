@@ -1,6 +1,6 @@
 """Small networks in pairs: variants of self-conditioning and distillation beside a baseline, over seeds.
 
-    python .github/results/study.py uvit --data folder:cifar10-jpeg --seeds 0 1 --out uvit.jsonl
+    python .github/results/study.py uvit --seeds 0 1 --out uvit.jsonl
     python .github/results/study.py unet --variants baseline mid "mid distill 0.005" --size dim=128 dropout=0
 
 For every seed and variant: trains on the same images, draws 10,000 samples, measures their distance as fd.py
@@ -202,11 +202,8 @@ def table(records):
 
 
 def judged(record):
-    """The distance of a record by EfficientNet; older ones have that by the classifier alone."""
-    distance = record["distance"]
-    if distance is None:                            # nobody judged its samples
-        return math.nan
-    return distance["imagenet"] if isinstance(distance, dict) else distance
+    """The distance of a record by EfficientNet; NaN where nobody judged its samples."""
+    return record["distance"]["imagenet"] if record["distance"] else math.nan
 
 
 def comparisons(variants):
