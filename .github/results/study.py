@@ -5,7 +5,7 @@
 
 For every seed and variant: trains on the same images, draws 10,000 samples, measures their distance as fd.py
 does (where its packages are installed), probes; one JSON line each, in the end a table of all that --out
-holds (no --seeds: only the table). A variant is a few replaced lines of the network's file, below; "mid
+holds (alone, if --seeds is empty). A variant is a few replaced lines of the network's file, below; "mid
 distill 0.02" trains mid with --distill 0.02, "mid distill 0.02 until 400000" adds --distill-images 400000.
 """
 import argparse
