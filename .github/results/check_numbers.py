@@ -205,16 +205,6 @@ def rate_rows():
     yield "claim.md", f"The U-ViT's loss at 0.0003 is {above:.0f} % above that at 0.0005;"
 
 
-def layer_curves(runs, name):
-    """-> of a network's baseline, and with z and distillation: {layer: mean probe accuracy in %}."""
-    both = []
-    for variant in ("baseline", "block_6 distill 0.02" if name == "dit" else "mid distill 0.005"):
-        found = [*runs[name, variant].values()]
-        mean, _ = claim_curves.curve(found)
-        both.append(dict(zip(found[0]["layers"], mean)))
-    return both
-
-
 def seed_rows():
     """What the runs on the original CIFAR-10 reached, and how far they differ."""
     runs = claim.read_runs("claim.jsonl")
@@ -222,24 +212,34 @@ def seed_rows():
     yield "claim.md", "\n".join(claim.difference_rows(runs)) + "\n"
     stand = sum(len(seeds) for (_, variant), seeds in runs.items() if "grey" not in variant)
     yield "claim.md", f"An interim look, at {stand} of 72 runs."
-    base, ours = layer_curves(runs, "uvit")
-    yield "claim.md", f"the U-ViT's last layer has {ours['out_6']:.0f} instead of {base['out_6']:.0f} %"
-    base, ours = layer_curves(runs, "dit")
-    third, fourth = (base[block] - ours[block] for block in ("block_3", "block_4"))
-    yield "claim.md", f"its blocks 3 and 4 know {third:.0f} and {fourth:.0f} points less."
-    base, ours = layer_curves(runs, "unet")
-    gains = [ours[layer] - base[layer] for layer in base]
-    mid, out_4, in_6 = ([*base].index(layer) for layer in ("mid", "out_4", "in_6"))
-    more, less = gains[mid:out_4], [-gain for gain in gains[out_4:]]
-    yield "claim.md", (f"{min(more):.1f} to {max(more):.1f} points more from `mid` to out_3, "
-                       f"{-gains[in_6]:.1f} less in in_6, "
-                       f"and from out_4 on {min(less):.1f} to {max(less):.1f} less.")
     grey = []
     for _, name, z, weight in claim.NETWORKS:
         variant = claim.forms(z, weight)["z + distillation"]
         grey += claim.differences(runs[name, variant], runs[name, f"{variant}, grey border"], claim.MEASURES)
     decided = sum("**" in cell for cell in grey)
     yield "claim.md", f"Of the {len(grey)} intervals of new minus old runs, {decided} exclude 0"
+
+
+def curve_rows():
+    """What z and distillation change in single layers."""
+    runs = claim.read_runs("claim.jsonl")
+    base, ours = {}, {}                             # network -> {layer: mean probe accuracy in %}
+    for _, name, z, weight in claim.NETWORKS:
+        found = claim_curves.by_form(runs, name, z, weight)
+        for curves, form in ((base, "baseline"), (ours, "z + distillation")):
+            mean, _ = claim_curves.curve(found[form])
+            curves[name] = dict(zip(found[form][0]["layers"], mean))
+    before, after = base["uvit"]["out_6"], ours["uvit"]["out_6"]
+    yield "claim.md", f"the U-ViT's last layer has {after:.0f} instead of {before:.0f} %"
+    third, fourth = (base["dit"][block] - ours["dit"][block] for block in ("block_3", "block_4"))
+    yield "claim.md", f"its blocks 3 and 4 know {third:.0f} and {fourth:.0f} points less."
+    layers = [*base["unet"]]
+    gains = [ours["unet"][layer] - base["unet"][layer] for layer in layers]
+    mid, out_4, in_6 = (layers.index(layer) for layer in ("mid", "out_4", "in_6"))
+    more, less = gains[mid:out_4], [-gain for gain in gains[out_4:]]
+    yield "claim.md", (f"{min(more):.1f} to {max(more):.1f} points more from `mid` to out_3, "
+                       f"{-gains[in_6]:.1f} less in in_6, "
+                       f"and from out_4 on {min(less):.1f} to {max(less):.1f} less.")
 
 
 def claim_rows():
@@ -279,7 +279,7 @@ def on_one_line(text):
 def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
-                 demo_rows, path_rows, form_rows, rate_rows, seed_rows, mps_rows):
+                 demo_rows, path_rows, form_rows, rate_rows, seed_rows, curve_rows, mps_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):

@@ -27,6 +27,12 @@ def curve(runs):
     return np.array([statistics.mean(layer) for layer in layers]), np.array(spread)
 
 
+def by_form(runs, name, z, weight):
+    """-> form of a network: its runs, of each form that has any."""
+    return {form: [*runs[name, variant].values()]
+            for form, variant in claim.forms(z, weight).items() if (name, variant) in runs}
+
+
 def draw(title, bottleneck, found, file):
     """found: form -> its runs; bottleneck: the layer of z, marked below."""
     names = next(iter(found.values()))[0]["layers"]
@@ -55,8 +61,7 @@ def draw(title, bottleneck, found, file):
 def main():
     runs = claim.read_runs("claim.jsonl")
     for title, name, z, weight in claim.NETWORKS:
-        found = {form: [*runs[name, variant].values()]
-                 for form, variant in claim.forms(z, weight).items() if (name, variant) in runs}
+        found = by_form(runs, name, z, weight)
         if found:
             file = HERE.parent / "assets" / f"claim-{name}.png"
             draw(title, z, found, file)
