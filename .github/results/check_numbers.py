@@ -211,7 +211,7 @@ def seed_rows():
     yield "claim.md", "\n".join(claim.level_rows(runs)) + "\n"
     yield "claim.md", "\n".join(claim.difference_rows(runs)) + "\n"
     stand = sum(len(seeds) for (_, variant), seeds in runs.items() if "grey" not in variant)
-    yield "claim.md", f"An interim look, at {stand} of 72 runs."
+    yield "claim.md", f"At {stand} of 72 runs:"
     grey = []
     for _, name, z, weight in claim.NETWORKS:
         variant = claim.forms(z, weight)["z + distillation"]

@@ -26,6 +26,12 @@ MEASURES = [            # where a run says it, times what; digits of a level, of
     ("loss", ("loss",), 1, 4, 2, True),
 ]
 FIRST_PAGE = MEASURES[:4]
+COMPARED = [                                     # forms, against what; the first is the primary comparison
+    ("z + distillation", "baseline"),
+    ("z", "baseline"),
+    ("z + distillation", "distillation"),
+    ("distillation", "baseline"),
+]
 
 
 def interval(values):
@@ -82,16 +88,25 @@ def forms(z, weight):
             "z + distillation": f"{z} distill {weight}"}
 
 
+def compared(runs, pairs, measures):
+    """-> title of a network, "form, against", how many seeds have both, a cell a measure; pairs: of forms."""
+    for title, name, z, weight in NETWORKS:
+        variants = forms(z, weight)
+        for form, other in pairs:
+            ours, theirs = runs.get((name, variants[form]), {}), runs.get((name, variants[other]), {})
+            both = ours.keys() & theirs.keys()
+            if both:
+                yield title, f"{form}, {other}", len(both), differences(ours, theirs, measures)
+
+
 def first_rows(runs):
-    """The first page's table: z with distillation against the baseline, in samples and features."""
+    """The first page's table: what z does to samples and features, with distillation and without."""
     titles = [title.split(", %")[0] + (", %" if relative else ", points")
               for title, *_, relative in FIRST_PAGE]
-    yield f"| network | pairs | {' | '.join(titles)} |"
-    yield "|---" * (2 + len(FIRST_PAGE)) + "|"
-    for title, name, z, weight in NETWORKS:
-        ours, theirs = runs[name, forms(z, weight)["z + distillation"]], runs[name, "baseline"]
-        cells = differences(ours, theirs, FIRST_PAGE)
-        yield f"| {title} | {len(ours.keys() & theirs.keys())} | {' | '.join(cells)} |"
+    yield f"| network | form, against | pairs | {' | '.join(titles)} |"
+    yield "|---" * (3 + len(FIRST_PAGE)) + "|"
+    for title, against, n, cells in compared(runs, COMPARED[:3], FIRST_PAGE):
+        yield f"| {title} | {against} | {n} | {' | '.join(cells)} |"
 
 
 # --- claim.md ---
@@ -113,17 +128,11 @@ def level_rows(runs):
 
 
 def difference_rows(runs):
-    """Each form against the baseline; with both, against distillation alone: distances and loss in %."""
+    """Forms against forms: distances and loss in %, all else in points."""
     yield "| network | form, against | " + " | ".join(title.split(", %")[0] for title, *_ in MEASURES) + " |"
     yield "|---" * (2 + len(MEASURES)) + "|"
-    for title, name, z, weight in NETWORKS:
-        variants = forms(z, weight)
-        for form, other in (("z + distillation", "baseline"), ("z", "baseline"),
-                            ("distillation", "baseline"), ("z + distillation", "distillation")):
-            ours, theirs = runs.get((name, variants[form]), {}), runs.get((name, variants[other]), {})
-            cells = differences(ours, theirs, MEASURES)
-            if set(cells) != {"-"}:
-                yield f"| {title} | {form}, {other} | {' | '.join(cells)} |"
+    for title, against, _, cells in compared(runs, COMPARED, MEASURES):
+        yield f"| {title} | {against} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
