@@ -98,6 +98,13 @@ def test_parameter_counts(name, size, kwargs, count):
     assert 0 < counts[True] - count <= 0.02 * count
 
 
+@pytest.mark.parametrize("name, size", train.DEFAULT_SIZE.items())
+def test_default_size(name, size):
+    """A network of which no size is said is the same one in Python as on the command line."""
+    defaults = {key: p.default for key, p in inspect.signature(NETS[name].__init__).parameters.items()}
+    assert defaults.items() >= NETS[name].SIZES[size].items()
+
+
 @pytest.mark.pins
 @pytest.mark.parametrize("name, size, expected", [
     ("unet", "base", {(32, 1e-5, True), (8, 1e-5, True), (0.1,)}),
