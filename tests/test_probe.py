@@ -696,13 +696,14 @@ def test_compare(tmp_path, capsys):
 
 
 OLDER = {name: value for name, value in made().items() if name != "test_set"}
+UNDRAWN = {name: value for name, value in made().items() if name != "layers"}
 IMPOSSIBLE = [made(held_out=[[1.5] * 3] * 4), made(held_out=[[-1] * 3] * 4)]
 UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1)
 
 
 @pytest.mark.parametrize("content, words", [
     (None, ["B/probe.json does not exist", "make it with python probe.py"]),
-    *[(odd, ["B/probe.json is no result of probe.py"]) for odd in ("{", "{}", "[]", "directory")],
+    *[(odd, ["B/probe.json is no result of probe.py"]) for odd in ("{", "{}", "[]", "directory", UNDRAWN)],
     *[(odd, ["B/probe.json is no result of probe.py", "a score that cannot be"]) for odd in IMPOSSIBLE],
     (OLDER, ["B/probe.json is no result of probe.py", "without test_set"]),
     *[(made(**{what: other}), [what, str(other), str(made()[what])]) for what, other in UNLIKE.items()]])
