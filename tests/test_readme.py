@@ -450,12 +450,12 @@ def test_claim_tables(study, tmp_path, monkeypatch):
     levels, differences = "\n".join(claim.level_rows(runs)), "\n".join(claim.difference_rows(runs))
     monkeypatch.setattr(claim, "NETWORKS", claim.NETWORKS[2:])               # alone there
     first = list(claim.first_rows(runs))
-    assert "| DiT 14.5 M | z + distillation, baseline | 1 | -10.0 | +0.0 | - | - |" in first
+    assert "| DiT 14.5 M | z + distillation vs baseline | 1 | -10.0 | +0.0 | - | - |" in first
     assert len(first) == 2 + 2, "there is no run of distillation without z"
     assert "| DiT 14.5 M | z | 10, 11 | 7.60, 9.40 | 100.0, 100.0 | 61.0, 64.0 | -, - |" in levels
     cells = "-5.5 [-11.9, +0.9] | +0.0 [+0.0, +0.0] | +1.5 [-4.9, +7.9] |"
-    assert f"| DiT 14.5 M | z, baseline | {cells}" in differences
-    assert "| DiT 14.5 M | z + distillation, baseline | -10.0 | +0.0 | - |" in differences
+    assert f"| DiT 14.5 M | z vs baseline | {cells}" in differences
+    assert "| DiT 14.5 M | z + distillation vs baseline | -10.0 | +0.0 | - |" in differences
     assert "| z + distillation, distillation |" not in differences           # there is no such run
 
 

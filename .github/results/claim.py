@@ -89,21 +89,21 @@ def forms(z, weight):
 
 
 def compared(runs, pairs, measures):
-    """-> title of a network, "form, against", how many seeds have both, a cell a measure; pairs: of forms."""
+    """-> title of a network, "form vs other", how many seeds have both, a cell a measure; pairs: of forms."""
     for title, name, z, weight in NETWORKS:
         variants = forms(z, weight)
         for form, other in pairs:
             ours, theirs = runs.get((name, variants[form]), {}), runs.get((name, variants[other]), {})
             both = ours.keys() & theirs.keys()
             if both:
-                yield title, f"{form}, {other}", len(both), differences(ours, theirs, measures)
+                yield title, f"{form} vs {other}", len(both), differences(ours, theirs, measures)
 
 
 def first_rows(runs):
     """The first page's table: what z does to samples and features, with distillation and without."""
     titles = [title.split(", %")[0] + (", %" if relative else ", points")
               for title, *_, relative in FIRST_PAGE]
-    yield f"| network | form, against | pairs | {' | '.join(titles)} |"
+    yield f"| network | comparison | pairs | {' | '.join(titles)} |"
     yield "|---" * (3 + len(FIRST_PAGE)) + "|"
     for title, against, n, cells in compared(runs, COMPARED[:3], FIRST_PAGE):
         yield f"| {title} | {against} | {n} | {' | '.join(cells)} |"
@@ -129,7 +129,7 @@ def level_rows(runs):
 
 def difference_rows(runs):
     """Forms against forms: distances and loss in %, all else in points."""
-    yield "| network | form, against | " + " | ".join(title.split(", %")[0] for title, *_ in MEASURES) + " |"
+    yield "| network | comparison | " + " | ".join(title.split(", %")[0] for title, *_ in MEASURES) + " |"
     yield "|---" * (2 + len(MEASURES)) + "|"
     for title, against, _, cells in compared(runs, COMPARED, MEASURES):
         yield f"| {title} | {against} | {' | '.join(cells)} |"
