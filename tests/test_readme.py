@@ -454,7 +454,7 @@ def test_claim_tables(study, tmp_path, monkeypatch):
     cells = "-5.5 [-11.9, +0.9] | +0.0 [+0.0, +0.0] | +1.5 [-4.9, +7.9] |"
     assert f"| DiT 14.5 M | z vs baseline | {cells}" in differences
     assert "| DiT 14.5 M | z + distillation vs baseline | -10.0 | +0.0 | - |" in differences
-    assert "| z + distillation, distillation |" not in differences           # there is no such run
+    assert "| z + distillation vs distillation |" not in differences          # there is no such run
 
 
 def test_claim_curves(study, tmp_path):
