@@ -1490,81 +1490,51 @@ class Meter:
         return denoising, distillation, self.norm.item()
 
 
-@dataclass
 class Run:
     """A network in training: what a step reads and changes."""
-    cfg: Config
-    data: Data
-    device: torch.device
-    rank: int
-    world: int
-    net: torch.nn.Module
-    ema: torch.nn.Module
-    diffusion: GaussianDiffusion
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler    # of fp16; else it is off
-    autocast: object                # makes the context of mixed precision
-    batches: Batches
-    meter: Meter
-    images: int = 0                 # seen so far
 
-    def __post_init__(self):
-        self.weights = list(self.net.parameters())               # once: to walk a network takes milliseconds
+    def __init__(self, cfg, data, device, rank=0, world=1, state=None, weights=None):
+        """At its start, from public weights where given, or as the checkpoint dict state left it."""
+        torch.manual_seed(mix(cfg.seed))
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        if device.type == "cuda":                   # the host only draws: many threads wait for one another
+            torch.set_num_threads(1)
+        self.cfg, self.data, self.device = cfg, data, device
+        self.rank, self.world = rank, world
+        self.share = cfg.batch_size // world        # images of a step in this process
+        self.micro = cfg.micro_batch or self.share  # images of a forward pass
+        num_classes = len(data.classes) if cfg.conditional else 0
+        self.net, self.diffusion = build(cfg, data.images.shape[1:], num_classes, device)
+        if weights:
+            load_public(cfg, self.net, weights)
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.weights = list(self.net.parameters())  # once: to walk a network takes milliseconds
         self.averages = list(self.ema.parameters())
+        self.parameters = sum(w.numel() for w in self.weights)   # how many numbers the network learns
+        self.optimizer = torch.optim.AdamW(self.weights, cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                           fused=device.type == "cuda")
+        self.autocast, dtype = pick_autocast(cfg.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.batches = Batches(data, cfg, self.diffusion, device, rank, world)
+        self.images = 0                             # seen so far
+        self.meter = Meter(device, self.images)
+        if state:
+            restore(state, model=self.net, ema=self.ema, optimizer=self.optimizer, scaler=self.scaler)
+            self.images = state["images"]
+            self.meter = Meter(device, self.images, state["loss_sums"], state["loss_count"])
         # the functions of these names below; make_fast puts CUDA graphs in their place
         self.forward_backward = functools.partial(forward_backward, self)
         self.keys_of = functools.partial(keys_of, self)
+        if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
+            make_fast(self)
+        elif cfg.compile and device.type == "cuda":
+            say("torch.compile is off: it needs Triton, which is not installed")
 
     @property
     def step(self):
         """How many steps were taken, which is the number of the next one."""
         return self.images // self.cfg.batch_size
-
-    @property
-    def share(self):
-        """Images of a step in this process."""
-        return self.cfg.batch_size // self.world
-
-    @property
-    def micro(self):
-        """Images of a forward pass."""
-        return self.cfg.micro_batch or self.share
-
-    @property
-    def parameters(self):
-        """How many numbers the network learns."""
-        return sum(p.numel() for p in self.net.parameters())
-
-
-def prepare(cfg, data, device, rank=0, world=1, state=None, weights=None):
-    """-> Run at its start, from public weights where given, or as the checkpoint dict state left it."""
-    torch.manual_seed(mix(cfg.seed))
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    if device.type == "cuda":                       # the host only draws: many threads wait for one another
-        torch.set_num_threads(1)
-    num_classes = len(data.classes) if cfg.conditional else 0
-    net, diffusion = build(cfg, data.images.shape[1:], num_classes, device)
-    if weights:
-        load_public(cfg, net, weights)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=device.type == "cuda")
-    autocast, dtype = pick_autocast(cfg.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    batches = Batches(data, cfg, diffusion, device, rank, world)
-    meter = Meter(device, images=0)
-    run = Run(cfg, data, device, rank, world, net, ema, diffusion, optimizer, scaler, autocast, batches,
-              meter)
-    if state:
-        restore(state, model=net, ema=ema, optimizer=optimizer, scaler=scaler)
-        run.images = state["images"]
-        run.meter = Meter(device, run.images, state["loss_sums"], state["loss_count"])
-    if cfg.compile and device.type == "cuda" and torch.utils._triton.has_triton():
-        make_fast(run)
-    elif cfg.compile and device.type == "cuda":
-        say("torch.compile is off: it needs Triton, which is not installed")
-    return run
 
 
 def compile_parts(net):
@@ -1951,7 +1921,7 @@ def train(cfg):
     if cfg.init:
         data = data._replace(meta=public_meta(data.meta))
     check_data(cfg, data, state)
-    run = prepare(cfg, data, device, rank, world, state, weights)
+    run = Run(cfg, data, device, rank, world, state, weights)
     vae = vae_of(data.meta, device) if rank == 0 else None
     start_log(run, out, resumed=state is not None)
     if cfg.size == "tiny":

@@ -311,7 +311,7 @@ def test_training_follows_aggregate(name, monkeypatch):
     few_shapes(monkeypatch)
     monkeypatch.setitem(train.MODELS, name, PATCHED[name])
     cfg = config(f"--model {name} --distill 0.1")
-    run = train.prepare(cfg, train.load_data(cfg.data, "train", cfg.image_size), CPU)
+    run = train.Run(cfg, train.load_data(cfg.data, "train", cfg.image_size), CPU)
     log = watch(run.net.projector, run.ema.projector)
     train.train_step(run)
     given = {m: args[0] for m, args, _ in log}

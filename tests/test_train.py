@@ -33,7 +33,7 @@ pins = pytest.mark.pins
 def ready(flags=""):
     """A Run of the tiny shapes, at its start."""
     cfg = config(flags)
-    return train.prepare(cfg, train.load_data("shapes", "train", cfg.image_size), CPU)
+    return train.Run(cfg, train.load_data("shapes", "train", cfg.image_size), CPU)
 
 
 def steps(run, n=1):

@@ -460,7 +460,7 @@ def test_flags(tmp_path, monkeypatch, capsys, main, more, words):
 def prepared(name, file, more=""):
     """A run at its start, from a file, on 8 px shapes."""
     cfg = train.parse_config(argv("nowhere", f"--model {name} {EPS} --init {file} {more}"))
-    return train.prepare(cfg, train.load_data("shapes", "train", SIDE), CPU, weights=train.read_public(cfg))
+    return train.Run(cfg, train.load_data("shapes", "train", SIDE), CPU, weights=train.read_public(cfg))
 
 
 @each_net

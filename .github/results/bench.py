@@ -74,7 +74,7 @@ def report(run, speed, ready, work):
 def main(argv=None):
     cfg = train.parse_config(argv)
     device, rank, world = train.setup(cfg.device)
-    run = train.prepare(cfg, random_data(cfg.image_size), device, rank, world)
+    run = train.Run(cfg, random_data(cfg.image_size), device, rank, world)
     speed, ready = measure(run)
     report(run, speed, ready, flops(run))
 
