@@ -1786,7 +1786,7 @@ def chip(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def log(run, out, lr, begun, bar):
+def log(run, out, begun, bar):
     """Adds a record to log.jsonl and shows it beside the bar."""
     denoising, distillation = finite_means(run, out / "checkpoint.pt")
     now = time.time()
@@ -1794,7 +1794,7 @@ def log(run, out, lr, begun, bar):
     record = dict(images=run.images, loss=denoising)
     if distill_weight(run.cfg, run.images - run.cfg.batch_size) > 0:         # in the last step
         record["distill"] = distillation
-    record["lr"] = lr
+    record["lr"] = run.optimizer.param_groups[0]["lr"]
     seconds = max(now - run.meter.time, 1e-3)       # a clock may stand still for a step
     record["images_per_second"] = round((run.images - run.meter.images) / seconds, 1)
     record["seconds"] = round(now - begun, 1)
@@ -1869,13 +1869,11 @@ def check_data(cfg, data, state):
 # --- the loop -----------------------------------------------------------------------------------------------
 
 def advance(run):
-    """One step of training: rate, gradients, weights, average -> the rate."""
-    lr = learning_rate(run.cfg, run.images)
-    run.optimizer.param_groups[0]["lr"] = lr
+    """One step of training: rate, gradients, weights, average."""
+    run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, run.images)
     train_step(run)
     run.images += run.cfg.batch_size
     update_ema(run)
-    return lr
 
 
 def loop(run, out, vae, begun, bar):
@@ -1883,13 +1881,13 @@ def loop(run, out, vae, begun, bar):
     asked = collect_stops()
     spent, signalled = stop_requested(run, begun, asked)
     while not (spent or signalled):
-        lr = advance(run)
+        advance(run)
         bar.update(run.cfg.batch_size)
         spent, signalled = stop_requested(run, begun, asked)
         over = spent or signalled                   # then train saves and draws
         full = run.meter.steps == LOG_STEPS
         if full or over:
-            log(run, out, lr, begun, bar)
+            log(run, out, begun, bar)
         if full:
             run.meter = Meter(run.device, run.images)
         if has_passed(run, run.cfg.sample_every) and not over:
