@@ -233,8 +233,8 @@ def whole_number(text):
     """Text of a flag, 1000000 or 1e6 -> int."""
     with suppress(ValueError):
         return int(text)
-    with suppress(ValueError, OverflowError):
-        if float(text) == int(float(text)):
+    with suppress(ValueError):
+        if float(text).is_integer():                # nan and inf are none
             return int(float(text))
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
 
