@@ -1514,8 +1514,8 @@ class Run:
         self.parameters = sum(w.numel() for w in self.weights)   # how many numbers the network learns
         self.optimizer = torch.optim.AdamW(self.weights, cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
                                            fused=device.type == "cuda")
-        self.autocast, dtype = pick_autocast(cfg.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.autocast, dtype = pick_autocast(cfg.precision, device)          # makes contexts
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)     # else it is off
         self.batches = Batches(data, cfg, self.diffusion, device, rank, world)
         self.images = 0                             # seen so far
         self.meter = Meter(device, self.images)
