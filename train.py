@@ -326,16 +326,14 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
         return load_folder(in_every_process(lambda: folder_of(spec)), split, image_size or 32, skip_bad)
     if spec in ("cifar10", "cifar100"):
         data = load_cifar(spec, split)
-    elif spec in ("shapes", "shapes:full"):
+        size = image_size or 32
+        return data._replace(images=resize(data.images, [size, size], antialias=True))
+    if spec in ("shapes", "shapes:full"):
         n, seed = (50_000, 0) if split == "train" else (5_000, 1)
-        data = Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
-    else:
-        meant = f"did you mean folder:{spec}? Or " if Path(os.path.expanduser(spec)).is_dir() else ""
-        raise UserError(f"unknown data {spec!r}: {meant}use cifar10, cifar100, folder:PATH, latents:PATH, "
-                        "shapes or shapes:full.")
-    if image_size and data.images.shape[-1] != image_size:
-        data = data._replace(images=resize(data.images, [image_size, image_size], antialias=True))
-    return data
+        return Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
+    meant = f"did you mean folder:{spec}? Or " if Path(os.path.expanduser(spec)).is_dir() else ""
+    raise UserError(f"unknown data {spec!r}: {meant}use cifar10, cifar100, folder:PATH, latents:PATH, shapes "
+                    "or shapes:full.")
 
 
 def open_cifar(name, split, download):
