@@ -45,7 +45,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import pil_to_tensor, resize
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -489,11 +489,10 @@ def open_image(path):
 def decode(path, size, skip_bad):
     """Image file -> its centre, (3, size, size) uint8; None if broken, with skip_bad. Raises UserError."""
     try:
-        pixels = np.array(ImageOps.fit(open_image(path), (size, size)))
+        return pil_to_tensor(ImageOps.fit(open_image(path), (size, size)))
     except Exception as e:                          # Pillow raises many kinds for broken files
         require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
         return None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def decode_all(files, size, skip_bad, bar=None):
