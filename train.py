@@ -528,10 +528,9 @@ def decode_together(files, size, skip_bad, split):
 
 def read_cache(cache, stamp):
     """-> the images that a cache holds, None where there is none, a damaged one, or one of other files."""
-    with suppress(Exception):                       # a damaged one raises many kinds
-        with np.load(cache) as kept:
-            if str(kept["stamp"]) == stamp:
-                return torch.from_numpy(kept["images"])
+    with suppress(Exception), np.load(cache) as kept:            # a damaged one raises many kinds
+        if str(kept["stamp"]) == stamp:
+            return torch.from_numpy(kept["images"])
     return None
 
 
