@@ -549,14 +549,14 @@ def load_folder(root, split, size, skip_bad):
     if images.max() < 64:
         say(f"the images of {root} are nearly black, their brightest value is {images.max()} of 255: if they "
             "have 16 bits and use fewer, stretch them.")
-    if good.all():
-        if is_first():
-            try_to("keep the decoded images", lambda: save_file(
-                cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp)))
-        return Data(images, labels, None, classes)
-    for k, i in enumerate(good.nonzero()):          # in place: twice the memory may not be there
-        images[k] = images[i]
-    return Data(images[:len(labels)], labels, None, classes)
+    if not good.all():
+        for k, i in enumerate(good.nonzero()):      # in place: twice the memory may not be there
+            images[k] = images[i]
+        images = images[:len(labels)]
+    elif is_first():
+        try_to("keep the decoded images", lambda: save_file(
+            cache, lambda file: np.savez(file, images=images.numpy(), stamp=stamp)))
+    return Data(images, labels, None, classes)
 
 
 def leave_out(good, labels, classes, root, split):
