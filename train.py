@@ -820,11 +820,9 @@ def stamp_of_latents(spec, size, name):
 
 def find_latents(spec, size, name, stamp):
     """-> folder for the latents, whether they are there already: beside the data, else under data/."""
-    label = f"{size}px-{re.sub(r'[^A-Za-z0-9]+', '-', Path(name).name)}"
-    places = [Path("data", f"{spec.replace(':', '-')}-{label}")]
-    if spec.startswith("folder:"):
-        root = folder_of(spec)
-        places = [root.with_name(f"{root.name}-{label}"), Path("data", f"{root.name}-{label}")]
+    root = folder_of(spec) if spec.startswith("folder:") else Path("data", spec.replace(":", "-"))
+    beside = root.with_name(f"{root.name}-{size}px-{re.sub('[^A-Za-z0-9]+', '-', Path(name).name)}")
+    places = [beside, Path("data", beside.name)]                 # of data without a folder, the same
     for place in places:
         with suppress(Exception):                   # not there, or not whole
             if json.loads((place / "meta.json").read_text())["stamp"] == stamp:
@@ -837,7 +835,7 @@ def find_latents(spec, size, name, stamp):
         require(not place.exists() or (place / "meta.json").exists(),
                 f"{place} is in the way of the latents and holds none: move it.")
         return place, False
-    raise UserError(f"neither {places[0].parent} nor data can be written: make one of them writable.")
+    raise UserError(f"neither {beside.parent} nor data can be written: make one of them writable.")
 
 
 def make_folder(out):
