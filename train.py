@@ -753,7 +753,6 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
             raise UserError(f"--image-size {size} makes latents of {shape[1]} x {shape[2]}: {e}")
     part = from_first(lambda: make_folder(out))
     try:
-        meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size)
         for split in ("test", "train"):             # the small one first: its errors cost less
             try:
                 images, labels, classes = in_every_process(lambda: list_images(spec, split, size, skip_bad))
@@ -762,13 +761,13 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
                     raise
                 say(f"without a test part, which probes need: {e}")
                 continue
-            sums = encode_split(vae, images, labels, part / split, size, shape)
-        # sums, classes: of the last split, the training part
-        number, total, squares = sums
+            number, total, squares = encode_split(vae, images, labels, part / split, size, shape)
+        # these and classes are those of the last split, the training part
         mean = total / number
         std = (squares / number - mean ** 2).sqrt()
         require((std > 0).all(), f"{name} makes latents that are constant: use another.")
-        meta |= dict(classes=classes, shape=shape, mean=mean.tolist(), std=std.tolist(), stamp=stamp)
+        meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size,
+                    classes=classes, shape=shape, mean=mean.tolist(), std=std.tolist(), stamp=stamp)
         from_first(lambda: put_in_place(part, out, meta))
     finally:
         if is_first():
