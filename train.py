@@ -31,7 +31,7 @@ import warnings
 import zipfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
@@ -319,7 +319,7 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
                                             f"{image_size}: leave --image-size out.")
         return data
     if vae:
-        with alone(lambda: folder_of(spec) if spec.startswith("folder:") else Path()):
+        with alone(spec):
             made = encode(spec, image_size, vae, device, skip_bad, check)
         return in_every_process(lambda: load_latents(made, split))
     if spec.startswith("folder:"):
@@ -777,18 +777,14 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
 
 
 @contextmanager
-def alone(folder):
-    """One program a machine at a time goes on behind this: two runs begun together encode folder() once."""
-    place = in_every_process(folder)
-    fd = None
-    if is_first():                                  # the others wait for it as for anything it does
-        with suppress(OSError, ImportError):        # not every drive knows locks, nor does Windows
-            fd = lock(place)
-    try:
+def alone(spec):
+    """One program a machine at a time goes on behind this: two runs begun together encode a data set once."""
+    folder = in_every_process(lambda: folder_of(spec) if spec.startswith("folder:") else Path())
+    with ExitStack() as stack:
+        if is_first():                              # the others wait for it as for anything it does
+            with suppress(OSError, ImportError):    # not every drive knows locks, nor does Windows
+                stack.callback(os.close, lock(folder))           # lets go, as the end of a program does
         yield
-    finally:
-        if fd is not None:
-            os.close(fd)                            # lets go, as the end of a program does
 
 
 def lock(folder):
