@@ -362,10 +362,10 @@ SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "Thumbs.db", "desktop.
 
 def resolve(spec):
     """A spec with the whole path of its folder, if it names one."""
-    for kind in ("folder:", "latents:"):
-        if spec.startswith(kind):
-            return kind + str(Path(os.path.expanduser(spec.removeprefix(kind))).resolve())
-    return spec
+    if not spec.startswith(("folder:", "latents:")):
+        return spec
+    kind, path = spec.split(":", 1)
+    return f"{kind}:{Path(os.path.expanduser(path)).resolve()}"
 
 
 def folder_of(spec):
