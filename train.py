@@ -403,7 +403,7 @@ def is_image(path):
 def images_among(files, root):
     """-> those files that are images; one line says how many others there are below root."""
     images = [path for path in files if is_image(path)]
-    others = Counter(path.suffix.lower() or "without a suffix" for path in set(files) - set(images))
+    others = Counter(path.suffix.lower() or "without a suffix" for path in files if not is_image(path))
     if others:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
         say_once(f"left out files of {root} that are no images here: {kinds}")
