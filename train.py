@@ -377,18 +377,16 @@ def folder_of(spec):
     return root
 
 
-def is_ours(name):
-    """Not hidden, and not what systems leave in folders for themselves?"""
-    return not name.startswith(".") and name not in SYSTEM
+def ours(paths):
+    """Those that are not hidden, and not what systems leave in folders for themselves."""
+    return [path for path in paths if not path.name.startswith(".") and path.name not in SYSTEM]
 
 
-def files_below(folder, above=()):
+def files_below(folder, above):
     """All files below a folder that are ours, also behind links, where these do not lead in a circle."""
     above = (*above, folder.resolve())
     found = []
-    for path in folder.iterdir():
-        if not is_ours(path.name):
-            continue
+    for path in ours(folder.iterdir()):
         if not path.is_dir():
             found.append(path)
         elif path.resolve() not in above:
@@ -418,7 +416,7 @@ def check_classes(labels, classes, root):
 
 
 def classes_in(folder):
-    return sorted(path.name for path in folder.glob("*") if path.is_dir() and is_ours(path.name))
+    return sorted(path.name for path in ours(folder.glob("*")) if path.is_dir())
 
 
 def list_folder(root, split):
@@ -437,7 +435,7 @@ def list_folder(root, split):
         if (part / name).is_dir():
             files += files_below(part / name, above=(part.resolve(),))
     files = images_among(files, part)
-    loose = [path for path in part.iterdir() if is_ours(path.name) and is_image(path) and not path.is_dir()]
+    loose = [path for path in ours(part.iterdir()) if is_image(path) and not path.is_dir()]
     if loose:
         say_once(f"left out {len(loose)} images of {part} that lie in no class: put them into a folder there")
     require(files, f"{part} has no images of classes: put some into {part.name}/<class>/.")
@@ -452,7 +450,7 @@ def list_flat_folder(root, split):
     """The same of images that lie in the folder itself: one class, for training alone."""
     require(split == "train",
             f"{root} has no {split} images: it needs {split}/<class>/*; for training, images alone do.")
-    there = [path for path in sorted(root.iterdir()) if is_ours(path.name)]
+    there = ours(sorted(root.iterdir()))
     files = images_among([path for path in there if not path.is_dir()], root)
     folders = [path.name for path in there if path.is_dir()]
     if files and folders:
