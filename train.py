@@ -883,8 +883,7 @@ def encode_share(vae, source, folder, start, stop, size):
     latents = np.load(path, mmap_mode="r")          # written through this, a full disk would be a SIGBUS
     batch = max(1, VAE_PIXELS // size ** 2)
     sums = torch.zeros(3, latents.shape[2], dtype=torch.float64)
-    what = f"encoding {folder.name}"
-    bar = progress(total=stop - start, desc=what, unit="img")
+    bar = progress(total=stop - start, desc=f"encoding {folder.name}", unit="img")
     with bar, open(path, "r+b") as file:
         for k in range(start, stop, batch):
             images = source[k:min(k + batch, stop)]
