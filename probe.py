@@ -97,14 +97,6 @@ def parse(argv):
 
 # --- data ---
 
-def read_fitted(path, size, how, mode=None):
-    """Image file -> its centre (size, size, ...) uint8; a mask's numbers stay where mode is None."""
-    with Image.open(path) as image:
-        if mode:
-            image = image.convert(mode)
-        return np.array(ImageOps.fit(image, (size, size), how))
-
-
 def load_voc(split, size):
     """Pascal VOC 2012 with masks, from ./data, downloaded if it is not there; "test" is its val part."""
     part = "train" if split == "train" else "val"
@@ -114,9 +106,10 @@ def load_voc(split, size):
     except (OSError, RuntimeError) as e:
         raise UserError(f"voc is not in ./data and could not be downloaded ({e}): go online (or delete "
                         "data/VOCdevkit, if it is damaged), or use --data shapes:full (built in).")
-    files = progress(found.images, f"decoding {split}", unit="img", delay=1)
-    images = [read_fitted(file, size, Image.Resampling.BICUBIC, "RGB") for file in files]
-    masks = [read_fitted(file, size, Image.Resampling.NEAREST) for file in found.masks]
+    images, masks = [], []
+    for image, mask in progress(found, f"decoding {split}", unit="img", delay=1):
+        images.append(np.array(ImageOps.fit(image, (size, size))))
+        masks.append(np.array(ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST)))
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return Data(images, None, torch.from_numpy(np.stack(masks)), VOC)
 
