@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import ImageDraw, ImageFont, ImageOps
 from torch.utils.data import TensorDataset
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, UserError, add_source, check_source, check_writable, command,
@@ -139,23 +142,18 @@ def evenly(trace):
 
 def draw_denoise(steps, file):
     """Steps (t, x_t, x0) -> PNG: for each image a row of x_t and one of the predicted x0, a column a step."""
-    columns = len(steps)
-    count, _, _, side = steps[0][1].shape
-    size, gap, left, top = max(64, side), 4, 40, 24
-    width = left + columns * (size + gap)
-    height = top + 2 * count * (size + gap)
-    picture = Image.new("RGB", (width, height), "white")
+    times, x_t, x0 = zip(*steps)
+    tiles = torch.stack([torch.stack(x_t, 1), torch.stack(x0, 1)], dim=1)    # (n, 2, columns, C, H, W)
+    size, gap, left, top = max(64, tiles.shape[-1]), 4, 40, 24
+    tiles = F.interpolate(to_uint8(tiles.flatten(0, 2)), (size, size), mode="nearest-exact")
+    grid = to_pil_image(make_grid(tiles, len(times), gap, pad_value=255))
+    picture = ImageOps.expand(grid, (left - gap, top - gap, 0, 0), "white")
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(14)
-    for column, (t, x_t, x0) in enumerate(steps):
+    for column, t in enumerate(times):
         x = left + column * (size + gap)
         pen.text((x + size / 2, top / 2), f"t = {t:.0f}", "black", font, "mm")
-        tiles = torch.stack([x_t, x0], dim=1).flatten(0, 1)                  # x_t, x0 of each image in turn
-        for row, tile in enumerate(to_uint8(tiles).expand(-1, 3, -1, -1)):
-            y = top + row * (size + gap)
-            image = Image.fromarray(tile.permute(1, 2, 0).numpy())
-            picture.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y))
-    for row in range(2 * count):                    # once: what is drawn over itself loses its soft edges
+    for row in range(2 * len(x_t[0])):
         y = top + row * (size + gap)
         pen.text((left / 2, y + size / 2), "x0" if row % 2 else "x_t", "black", font, "mm")
     picture.save(file, "PNG")
