@@ -65,11 +65,12 @@ class Path:
 class Table(Path):
     """DDPM: a^2 = abar_t, s^2 = 1 - abar_t (arXiv 2006.11239, eq. 4); t is an int64 in 0..T-1.
 
-    abar (T,) float64. The tables are float32, and move to the device of the latest t.
+    betas (T,) float64, bounded by 0.999 here. The tables are float32, and move to the device of the latest t.
     """
 
-    def __init__(self, abar):
-        super().__init__(len(abar))
+    def __init__(self, betas):
+        super().__init__(len(betas))
+        abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
         self.tables = torch.stack([abar.sqrt(), (1 - abar).sqrt()]).float()
         self.sigmas = ((1 - abar) / abar).sqrt()
 
@@ -95,18 +96,16 @@ class Table(Path):
         return torch.linspace(self.T - 1, -1, steps + 1).round().long()[:-1]
 
 
-def linear_schedule(T):
-    """abar (T,) float64 of betas that rise linearly; 1e-4 to 0.02 at T = 1000 (DDPM, section 4)."""
-    betas = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)
-    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+def linear_betas(T):
+    """Betas (T,) float64 that rise linearly; 1e-4 to 0.02 at T = 1000 (DDPM, section 4)."""
+    return torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)
 
 
-def cosine_schedule(T, s=0.008):
-    """abar (T,) float64 that falls like cos^2 of t / T, betas at most 0.999 (arXiv 2102.09672, eq. 17)."""
+def cosine_betas(T, s=0.008):
+    """Betas (T,) float64 with which abar falls like cos^2 of t / T (arXiv 2102.09672, eq. 17)."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-    betas = 1 - f[1:] / f[:-1]
-    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    return 1 - f[1:] / f[:-1]
 
 
 class EDM(Path):
@@ -150,8 +149,8 @@ class Flow(Path):
 
 
 SCHEDULES = {
-    "linear": lambda T, sigma_data: Table(linear_schedule(T)),
-    "cosine": lambda T, sigma_data: Table(cosine_schedule(T)),
+    "linear": lambda T, sigma_data: Table(linear_betas(T)),
+    "cosine": lambda T, sigma_data: Table(cosine_betas(T)),
     "edm": EDM,
     "flow": lambda T, sigma_data: Flow(T),
 }

@@ -589,7 +589,7 @@ def test_augment():
 def share_of(schedule, t):
     """The image's share of the variance at t (B,), if its own is 1."""
     if schedule == "cosine":
-        return diffusion.cosine_schedule(1000)[t].float()
+        return (1 - diffusion.cosine_betas(1000).clamp(max=0.999)).cumprod(0)[t].float()
     return 1 / (1 + (0.5 * (t * math.pi / 2000).tan() if schedule == "edm" else t / (1000 - t)) ** 2)
 
 
