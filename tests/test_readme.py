@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -173,13 +174,16 @@ def test_two_commands(command):
     assert re.search(rf"^ *{command} *(#.*)?$", TEXT, re.M)
 
 
-def test_flags_exist():
+def test_flags_exist(monkeypatch, capsys):
     """Every --flag that the README mentions is one of a program, of torchrun or of this test suite."""
     known = get_args_parser().format_help()
     for file in ("tests/conftest.py", ".github/results/study.py", ".github/results/bench.py"):
         known += (ROOT / file).read_text(encoding="utf-8")
     for name in ("train.py", "sample.py", "probe.py"):
-        known += subprocess.check_output([sys.executable, ROOT / name, "--help"], text=True)
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    known += capsys.readouterr().out
     flag = r"(?<![\w-])--[a-z][\w-]*"
     assert not set(re.findall(flag, TEXT)) - set(re.findall(flag, known))
 
