@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from errno import EACCES
 from functools import partialmethod
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def speed_up(patch):
 def quick(monkeypatch):
     """speed_up for a test; a file asks for it by pytestmark = pytest.mark.usefixtures("quick")."""
     speed_up(monkeypatch)
+
+
+def like_windows(patch):
+    """Neither locks nor opened folders are to be had, as on Windows, until the monkeypatch is undone."""
+    plain = os.open
+
+    def refuse_folders(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(EACCES, "Permission denied", str(path))
+        return plain(path, *args, **kwargs)
+    patch.setattr(os, "open", refuse_folders)
+    patch.setitem(sys.modules, "fcntl", None)                                # cannot be imported
 
 
 # --- tiny runs: 8 px, four steps of 16 images ---

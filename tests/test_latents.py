@@ -18,8 +18,8 @@ from PIL import Image
 import probe
 import sample
 import train
-from conftest import (CPU, ROOT, end, error, few_shapes, fork_two, load, refused, speed_up, train_in_fork,
-                      tree)
+from conftest import (CPU, ROOT, end, error, few_shapes, fork_two, like_windows, load, refused, speed_up,
+                      train_in_fork, tree)
 
 SIZE, SIDE, N = 16, 8, 40                       # pixels, latents, training images
 NET = "--model dit --size tiny --batch-size 8 --images 16 --save-every 1000000 --device cpu --no-compile"
@@ -163,14 +163,7 @@ def test_encode_at_once(mine, vae, monkeypatch, capsys):
 
 def test_encode_like_windows(mine, vae, latents, monkeypatch):
     """Where neither locks nor opened folders are to be had, one encodes without them."""
-    plain = os.open
-
-    def refuse_folders(path, *args, **kwargs):
-        if os.path.isdir(path):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return plain(path, *args, **kwargs)
-    monkeypatch.setattr(os, "open", refuse_folders)
-    monkeypatch.setitem(sys.modules, "fcntl", None)
+    like_windows(monkeypatch)
     data = train.load_data(f"folder:{mine}", "train", SIZE, vae=str(vae))
     assert np.array_equal(data.both.numpy(), both_of(latents))
 

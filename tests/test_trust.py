@@ -3,6 +3,7 @@
 Done to real processes, on the CPU; what takes minutes needs --run-slow. More of the promises are tested in
 test_train.py and test_latents.py: .github/results/reliability.md has the table.
 """
+import importlib
 import json
 import os
 import pickle
@@ -27,7 +28,8 @@ import probe
 import sample
 import train
 from conftest import (MOVES, ROOT, TORCHRUN, Fork, argv, assert_same_run, end, error, few_latents, fork_two,
-                      load, log, losses, refused, run, run_two, start, train_in_fork, tree, wait_for)
+                      like_windows, load, log, losses, refused, run, run_two, start, train_in_fork, tree,
+                      wait_for)
 
 pytestmark = pytest.mark.usefixtures("quick")
 slow = pytest.mark.slow
@@ -232,27 +234,18 @@ def test_ignored_signals():
         signal.signal(signal.SIGINT, old[0])
 
 
-LIKE_WINDOWS = """
-import os, signal, sys
-sys.modules["fcntl"] = None                             # cannot be imported
-del signal.SIGHUP
-plain = os.open
-
-def refuse_folders(path, *args, **kwargs):
-    if os.path.isdir(path):
-        raise PermissionError(13, "Permission denied", str(path))
-    return plain(path, *args, **kwargs)
-
-os.open = refuse_folders
-import train
-train.main()
-"""
+def windows_in_fork(flags):
+    """A run of train.py, imported anew, without what Windows lacks."""
+    patch = pytest.MonkeyPatch()
+    like_windows(patch)
+    patch.delattr(signal, "SIGHUP")
+    importlib.reload(train).main(flags)
 
 
 def test_like_windows(tmp_path, photos):
     """A run needs nothing that Windows lacks."""
     flags = f"{MOVES} --data folder:{photos} --images 32"
-    code, said, err = end(start("-c", LIKE_WINDOWS, *argv(tmp_path / "run", flags)))
+    code, said, err = end(Fork(windows_in_fork, argv(tmp_path / "run", flags)))
     assert code == 0 and "Traceback" not in err, err
     assert_same_run(load(tmp_path / "run"), run(tmp_path / "whole", flags))
 
