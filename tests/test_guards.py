@@ -1,4 +1,5 @@
 """What real users ran into: odd folders, half an environment, damaged files, terminals that are none."""
+import io
 import json
 import os
 import socket
@@ -614,11 +615,19 @@ def test_no_terminal(tmp_path, capsys):
     assert err.count("\n") == 2 and "320 of 640 images" in err and "\r" not in err and "it/s" not in err
 
 
-@pytest.mark.parametrize("shell", ["PYTHONIOENCODING=ascii exec \"$@\" 2>&-", "exec \"$@\" >&- 2>&-",
-                                   "exec \"$@\" | true"])
+def test_poor_letters(tmp_path, monkeypatch):
+    """Letters that a terminal lacks become a "?", and end no run."""
+    said = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", said)
+    run(tmp_path / "räume ★", "--images 16")
+    said.seek(0)
+    assert "r?ume ?/checkpoint.pt" in said.read()
+
+
+@pytest.mark.parametrize("shell", ["exec \"$@\" >&- 2>&-", "exec \"$@\" | true"])
 def test_poor_terminals(tmp_path, photos, shell):
-    """Neither letters that it lacks, nor that it is closed or goes away, ends a run."""
-    out = tmp_path / "räume ★"
+    """Neither that it is closed, nor that it goes away, ends a run."""
+    out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *argv(out, f"--images 16 --data folder:{photos}")]
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", shell, "bash", *command], capture_output=True)
     assert load(out)["images"] == 16 and (ended.returncode == 0 or "true" in shell)
