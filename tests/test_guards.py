@@ -241,15 +241,6 @@ def test_finished(old_run):
     assert (old_run / "checkpoint.pt").read_bytes() == before
 
 
-def test_grid_before_checkpoint(tmp_path, monkeypatch):
-    """What is killed between the grid and the checkpoint draws the grid again, and so loses none."""
-    order, save, draw = [], train.save, train.draw
-    monkeypatch.setattr(train, "save", lambda run, path: order.append("save") or save(run, path))
-    monkeypatch.setattr(train, "draw", lambda run, *args: order.append("draw") or draw(run, *args))
-    run(tmp_path / "run", "--images 32 --save-every 16 --sample-every 16")
-    assert order[:2] == ["draw", "save"]
-
-
 # --- files that are not what was written ---
 
 def spoil(path):

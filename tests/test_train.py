@@ -707,7 +707,10 @@ def test_run_folder(tmp_path, capsys, flags):
 
 
 def test_how_often(tmp_path, monkeypatch):
-    """--save-every and --sample-every count images; both happen once more at the end."""
+    """--save-every and --sample-every count images; both happen once more at the end.
+
+    A grid comes before the checkpoint of its step: what is killed between the two draws it again.
+    """
     written, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda part, path: written.append(path.name) or replace(part, path))
     run(tmp_path / "run", "--images 160 --save-every 40 --sample-every 64")
