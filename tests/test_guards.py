@@ -188,9 +188,8 @@ def test_names_do_not_matter_without_classes(tmp_path, monkeypatch):
     assert run("run", "--images 32 --no-conditional --resume --data folder:photos")["images"] == 32
 
 
-@pytest.mark.parametrize("spec, words", [("folder:nowhere", "nowhere exist"), ("photos", "folder:photos"),
-                                         ("folder:/", "drive"),
-                                         ("latents:nowhere", "nowhere exist"), ("random", "random shapes")])
+@pytest.mark.parametrize("spec, words", [
+    ("photos", "folder:photos"), ("folder:/", "drive"), ("latents:nowhere", "nowhere exist")])
 def test_no_such_data(tmp_path, monkeypatch, capsys, spec, words):
     """A folder that is not there is called so; one without its "folder:" is suggested."""
     monkeypatch.chdir(tmp_path)
@@ -497,7 +496,8 @@ def test_name_too_long(old_run, capsys, folder):
 
 @pytest.mark.parametrize("main, flags, words", [
     (train.main, "--sede 1", "--sede --seed"), (sample.main, "run --guidence 1", "--guidence --guidance"),
-    (probe.main, "run --argument 1", "--argument --augment"), (train.main, "--images 1.5", "1.5 whole"),
+    (probe.main, "run --argument 1", "--argument --augment"),
+    (train.main, "--images 1.5", "--images 1.5 whole"),
     (sample.main, "run --out a/b", "--out a/b"), (sample.main, f"run --out {'x' * 255}", "--out shorten"),
     (sample.main, "run --out " + "\u5199" * 80, "--out shorten"),
     (train.main, "--images nan", "nan whole"), (train.main, "--images 1e400", "1e400 whole"),

@@ -926,7 +926,6 @@ OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-siz
     ("--schedule sigmoid", "--schedule sigmoid linear cosine edm flow"),
     ("--schedule flow --target eps", "flow eps v"), ("--target eps --schedule edm", "edm eps v"),
     ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
-    ("--images 1.5", "--images 1.5"),
     ("--distill-images 9", "--distill-images --distill 0.02"),
     ("--xyz", "--xyz --help"),
     ("--device cuda", "--device cuda cpu"),
