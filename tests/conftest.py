@@ -208,6 +208,20 @@ def picture(path, *colours, size=(8, 8), mode="RGB"):
     Image.fromarray(pixels).convert(mode).save(path)
 
 
+def folder(root, files):
+    """Writes {name: colour, bytes or None, a folder} below root -> the spec."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            picture(path, content)
+    return f"folder:{root}"
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder of 40 images to train, 10 to test, in two classes, 30 x 24 pixels; nobody changes it."""
@@ -233,6 +247,13 @@ def few_latents(root, classes, **parts):
                 std=[5.0] * 4)
     (root / "meta.json").write_text(json.dumps(meta))
     return root
+
+
+class Program:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
 
 
 # --- processes of their own ---

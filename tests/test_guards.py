@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 import probe
 import sample
 import train
-from conftest import COLOURS, CPU, MOVES, ROOT, argv, load, picture, refused, run, same, tree
+from conftest import COLOURS, CPU, MOVES, ROOT, argv, folder, load, refused, run, same, tree
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -33,20 +33,6 @@ def no_memory(*args, **kwargs):
 
 def no_memory_of_a_mac(*args, **kwargs):
     raise RuntimeError("MPS backend out of memory (MPS allocated: 17.0 GB, max allowed: 18.1 GB).")
-
-
-def folder(root, files):
-    """Writes {name: colour, bytes or None, a folder} below root -> the spec."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.mkdir()
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            picture(path, content)
-    return f"folder:{root}"
 
 
 CLASSES = {f"train/{'ab'[i % 2]}/{i:02}.png": ("red", "blue")[i % 2] for i in range(16)}

@@ -18,8 +18,8 @@ from PIL import Image
 import probe
 import sample
 import train
-from conftest import (CPU, ROOT, end, error, few_shapes, fork_two, like_windows, load, refused, speed_up,
-                      train_in_fork, tree)
+from conftest import (CPU, ROOT, Program, end, error, few_shapes, fork_two, like_windows, load, refused,
+                      speed_up, train_in_fork, tree)
 
 SIZE, SIDE, N = 16, 8, 40                       # pixels, latents, training images
 NET = "--model dit --size tiny --batch-size 8 --images 16 --save-every 1000000 --device cpu --no-compile"
@@ -321,13 +321,6 @@ def edit(name, change):
 
 def put(name, array):
     return lambda folder: np.save(folder / "train" / name, array)
-
-
-class Program:
-    """Unpickled, it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
 
 
 def widen(folder):

@@ -22,8 +22,8 @@ from PIL import Image
 
 import diffusion
 import train
-from conftest import (COLOURS, CPU, MOVES, argv, assert_same_run, config, end, error, fork_two, load, log,
-                      losses, moments, picture, refused, run, run_two, same, train_in_fork, tree)
+from conftest import (COLOURS, CPU, MOVES, argv, assert_same_run, config, end, error, folder, fork_two, load,
+                      log, losses, moments, picture, refused, run, run_two, same, train_in_fork, tree)
 
 pytestmark = pytest.mark.usefixtures("quick")
 each_model = pytest.mark.parametrize("model", train.MODELS)
@@ -999,13 +999,10 @@ def test_bad_folder(tmp_path, monkeypatch, capsys, case):
     """A folder that won't do is refused in one sentence; nothing is written."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     files, flags, words = FOLDERS[case]
-    for name, content in files.items():
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    spec = folder(tmp_path / "photos", files)
     before = tree(tmp_path)
     with refused(capsys, str(tmp_path), *words.split()):
-        train.main(argv(tmp_path / "run", f"--conditional {flags}", "--data", f"folder:{tmp_path}/photos"))
+        train.main(argv(tmp_path / "run", f"--conditional {flags}", "--data", spec))
     assert {k: v for k, v in tree(tmp_path).items() if not k.endswith(".npz")} == before
 
 

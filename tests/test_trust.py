@@ -27,9 +27,9 @@ from PIL import Image
 import probe
 import sample
 import train
-from conftest import (MOVES, ROOT, TORCHRUN, Fork, argv, assert_same_run, end, error, few_latents, fork_two,
-                      like_windows, load, log, losses, refused, run, run_two, start, train_in_fork, tree,
-                      wait_for)
+from conftest import (MOVES, ROOT, TORCHRUN, Fork, Program, argv, assert_same_run, end, error, few_latents,
+                      fork_two, like_windows, load, log, losses, refused, run, run_two, start, train_in_fork,
+                      tree, wait_for)
 
 pytestmark = pytest.mark.usefixtures("quick")
 slow = pytest.mark.slow
@@ -440,19 +440,12 @@ def test_damaged_checkpoint(tmp_path, capsys, small, n):
     assert n / 2 < ended.count(False) and not any(ended[::2]) and not list(out.glob("*.part"))
 
 
-class Evil:
-    """Unpickled, it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-
 BAD = {             # what a checkpoint becomes: bytes, or what torch saves; or a change of what it holds
     "text": b"a text\n" * 99,
     "tensor": torch.zeros(3),
     "other": {"weights": {}},
-    "pickle": pickle.dumps(Evil(), protocol=2),
-    "evil": lambda state: state.update(more=Evil()),
+    "pickle": pickle.dumps(Program(), protocol=2),
+    "evil": lambda state: state.update(more=Program()),
     "headless": lambda state: state.pop("model"),
     "no loss": lambda state: state.pop("loss_sums"),
     "weight": lambda state: state["model"].update({next(iter(state["model"])): torch.zeros(3)}),

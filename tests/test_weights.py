@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import probe
 import sample
 import train
-from conftest import CPU, argv, assert_same_run, error, few_latents, load, refused, run, tree
+from conftest import CPU, Program, argv, assert_same_run, error, few_latents, load, refused, run, tree
 from dit_selfcond import sincos_table
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -390,13 +390,6 @@ def test_latents_are_scaled(tmp_path, monkeypatch, latents, capsys):
 
 
 # --- what does not fit ---
-
-class Program:
-    """Would write a file, where it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("ran", "w")
-
 
 def changed(name, **new):
     weights = public(name)
