@@ -83,7 +83,7 @@ def test_kill_again_and_again(tmp_path, photos, n=10):
     flags = f"{MOVES} --save-every 16 --sample-every 160 --data folder:{photos}"
     out, rng, within = tmp_path / "run", random.Random(0), 0
     for k in range(n):
-        process = start(ROOT / "train.py", *argv(out, f"{flags} --images 100000 --resume"))
+        process = Fork(train_in_fork, argv(out, f"{flags} --images 100000 --resume"))
         saved = out / "checkpoint.pt"
         before = saved.stat().st_mtime_ns if saved.exists() else 0
         wait_for(lambda: saved.exists() and saved.stat().st_mtime_ns > before, process)
@@ -180,7 +180,8 @@ def test_asked_to_stop(tmp_path, photos, who):
 
     The command that is named goes on, also in one process.
     """
-    out, flags = tmp_path / "run", f"{MOVES} --data folder:{photos} --save-every 64"
+    out = tmp_path / "run"
+    flags = f"{MOVES} --model uvit --data folder:{photos} --save-every 64"      # of one size in all processes
     program, given = str(ROOT / "train.py"), argv(out, f"{flags} --images 100000")
     both = fork_two(train_in_fork, given) if who == "second" else [start(*TORCHRUN, program, *given)]
     wait_for((out / "checkpoint.pt").exists, both[0])
@@ -264,7 +265,8 @@ def test_one_dies(tmp_path, photos):
 
 
 DIES_ONCE = """
-import os, sys, train, test_trust
+import os, sys, conftest, pytest, train, test_trust
+conftest.speed_up(pytest.MonkeyPatch())
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     test_trust.before_call(train, "update_ema", 25, lambda: os.kill(os.getpid(), 9))
 train.main(sys.argv[1:])
@@ -313,7 +315,7 @@ def test_full_disk(old_run, capsys, monkeypatch, problem):
         monkeypatch.setattr(os, "fsync", os.fsync)       # to be put back
         before_call(os, "fsync", 5, fail)                # after config.json, the log and their folder, twice
     else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, hard))
     try:
         with refused(capsys, str(old_run / "checkpoint.pt"), "--resume"):
             train.main(argv(old_run, "--resume --images 64"))
@@ -371,7 +373,7 @@ def test_not_finite(tmp_path, capsys, monkeypatch, log_steps, spoilt, flags, int
 
 
 @pytest.mark.parametrize("at, skipped", [((1, 2, 7, 10), [2, 3, 4]), ((1, 2, 3, 4), [4, 4, 4])])
-def test_skipped_steps(tmp_path, monkeypatch, small, at, skipped):
+def test_skipped_steps(tmp_path, monkeypatch, at, skipped):
     """In fp16 a step whose gradient overflows is left out and counted in the log, across --resume as well."""
     spoil(monkeypatch, "inf", at, gradient=True)
     monkeypatch.setattr(train, "LOG_STEPS", 4)
@@ -384,13 +386,6 @@ def test_skipped_steps(tmp_path, monkeypatch, small, at, skipped):
 
 
 # --- what others made: checkpoints, latents, logs, pictures ---
-
-@pytest.fixture
-def small(monkeypatch):
-    """A smaller network, so that hundreds of damaged files can be tried."""
-    sizes = {**train.DiT.SIZES, "tiny": dict(patch=4, dim=32, depth=2, heads=2)}
-    monkeypatch.setattr(train.DiT, "SIZES", sizes)
-
 
 ODD_JSON = [None, True, -1, 0, 7, 1.5, float("nan"), 10**9, "", "x", [], [1], ["x"], {}, {"x": 1}]
 
@@ -426,7 +421,7 @@ def sound(capsys, main, flags):
 
 
 @pytest.mark.parametrize("n", [24, pytest.param(300, marks=slow)])
-def test_damaged_checkpoint(tmp_path, capsys, small, n):
+def test_damaged_checkpoint(tmp_path, capsys, n):
     """Bytes of a checkpoint cut off or changed: one sentence where it will not do."""
     out, rng, ended = tmp_path / "run", random.Random(n), []
     run(out, "--images 32")
@@ -480,7 +475,7 @@ def test_bad_checkpoint(tmp_path, monkeypatch, capsys, old_run, what):
 
 
 @pytest.mark.parametrize("n", [32, pytest.param(300, marks=slow)])
-def test_odd_latents(tmp_path, monkeypatch, capsys, small, n):
+def test_odd_latents(tmp_path, monkeypatch, capsys, n):
     """So with the files of a folder of latents."""
     monkeypatch.setattr(train, "vae_of", lambda meta, device: None)          # nothing is looked for online
     root, rng, ended = few_latents(tmp_path / "latents", "ab", train=20), random.Random(n), []
@@ -502,7 +497,7 @@ def test_odd_latents(tmp_path, monkeypatch, capsys, small, n):
     assert n / 3 < ended.count(False) < n and not any(ended[1::4])
 
 
-def test_odd_log(tmp_path, capsys, small):
+def test_odd_log(tmp_path, capsys):
     """Whatever a log holds, --resume goes on, keeps the records that are whole, and drops the others."""
     out, rng = tmp_path / "run", random.Random(0)
     run(out, "--images 32")

@@ -14,8 +14,6 @@ import train
 from conftest import CPU, Program, argv, assert_same_run, error, few_latents, load, refused, run, tree
 from dit_selfcond import sincos_table
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SMALL = {
     "unet": dict(dim=32, mults=(1, 2, 2), attention=(1,), blocks=2, dropout=0.0),
     "uvit": dict(dim=32, depth=4, heads=2, patch=2),
@@ -30,8 +28,8 @@ each_case = pytest.mark.parametrize("name, classes, channels", [
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """--size tiny is small."""
+def small(quick, monkeypatch):
+    """--size tiny is SMALL, also where quick has a size of its own."""
     for name, size in SMALL.items():
         monkeypatch.setitem(train.MODELS[name].SIZES, "tiny", size)
 
