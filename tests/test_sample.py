@@ -129,7 +129,7 @@ def test_pixels(root, run, flags, ids, sampler, guidance):
     Image i is of the noise of generator seed + i alone, and of class i mod K.
     """
     expected = reference(root / run, range(11, 18), 4, ids, sampler, guidance)
-    for size, tolerance in ((250, 0.501), (3, 2.501), (1, 2.501)):
+    for size, tolerance in ((250, 0.501), (3, 2.501)):         # of 7: 3, 3 and 1
         pixels = draw(root / run, f"-n 7 --seed 11 --steps 4 --batch-size {size} {flags}")
         assert pixels.dtype == np.uint8 and pixels.shape == (7, 16, 16, 3)
         assert error(pixels, expected) < tolerance, size
