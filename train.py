@@ -1466,13 +1466,17 @@ class Meter:
         self.steps = steps
         self.images, self.time = images, time.time()             # where it starts
 
-    def means(self):
-        """-> mean denoising and distillation loss, over all processes, and the norm. Waits for the device."""
+    def sums(self):
+        """-> summed denoising and distillation loss (2,), the mean over all processes."""
         losses = self.losses.clone()
         if dist.is_initialized():
             dist.all_reduce(losses)
             losses = losses / dist.get_world_size()
-        denoising, distillation = (losses / max(self.steps, 1)).tolist()
+        return losses
+
+    def means(self):
+        """-> mean denoising loss, mean distillation loss, the norm. Waits for the device."""
+        denoising, distillation = (self.sums() / max(self.steps, 1)).tolist()
         return denoising, distillation, self.norm.item()
 
 
@@ -1687,15 +1691,15 @@ def finite_means(run, path):
 
 def save(run, path):
     """Writes the checkpoint; a state that is not finite is never saved. Raises UserError."""
-    losses = finite_means(run, path)
+    finite_means(run, path)
+    sums = run.meter.sums().tolist()
     if run.rank > 0:
         return
     state = dict(images=run.images, config=resolved(run.cfg), model=run.net.state_dict(),
                  ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
-                 scaler=run.scaler.state_dict(), loss_sums=[x * run.meter.steps for x in losses],
-                 loss_count=run.meter.steps, shape=list(run.data.images.shape[1:]),
-                 num_classes=run.net.num_classes, classes=run.data.classes, counts=counts_of(run.data),
-                 latents=run.data.meta)
+                 scaler=run.scaler.state_dict(), loss_sums=sums, loss_count=run.meter.steps,
+                 shape=list(run.data.images.shape[1:]), num_classes=run.net.num_classes,
+                 classes=run.data.classes, counts=counts_of(run.data), latents=run.data.meta)
     save_file(path, lambda file: torch.save(state, file))
 
 

@@ -458,6 +458,14 @@ def test_projector():
     assert found[3].out_features == 128
 
 
+def test_kept_losses(tmp_path):
+    """A checkpoint keeps sums of losses as they are: a third of 0.05, three times, is not 0.05 in float32."""
+    found = ready()
+    found.meter.losses, found.meter.steps = torch.tensor([0.05, 0.1]), 3
+    train.save(found, tmp_path / "checkpoint.pt")
+    assert torch.tensor(load(tmp_path)["loss_sums"]).equal(found.meter.losses)
+
+
 def test_logged_losses(tmp_path, monkeypatch):
     """A record has the mean of both losses over the steps since the last one, not the last step's."""
     records = {}
