@@ -383,6 +383,7 @@ def test_skipped_steps(tmp_path, monkeypatch, at, skipped):
     assert [record["skipped"] for record in log(out)[1]] == skipped
     assert all(v.isfinite().all() for name in ("model", "ema") for v in state[name].values())
     assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {8}
+    assert state["scaler"]["scale"] == 2.0 ** (16 - 4)       # halved by each of the four
 
 
 # --- what others made: checkpoints, latents, logs, pictures ---
