@@ -1474,11 +1474,6 @@ class Meter:
             losses = losses / dist.get_world_size()
         return losses
 
-    def means(self):
-        """-> mean denoising loss, mean distillation loss, the norm. Waits for the device."""
-        denoising, distillation = (self.sums() / max(self.steps, 1)).tolist()
-        return denoising, distillation, self.norm.item()
-
 
 class Run:
     """A network in training: what a step reads and changes."""
@@ -1680,19 +1675,18 @@ def train_step(run):
     run.meter.steps += 1
 
 
-def finite_means(run, path):
-    """-> mean denoising loss, mean distillation loss since the last record. Raises UserError: not finite."""
-    *losses, norm = run.meter.means()
-    require(all(map(math.isfinite, [*losses, norm])),
+def finite_sums(run, path):
+    """-> both losses, summed since the last record (2,). Raises UserError where they are not finite."""
+    sums = run.meter.sums()
+    require(sums.isfinite().all() and run.meter.norm.isfinite(),
             f"the loss is not finite between {run.meter.images} and {run.images} images (what {path} holds, "
             "if it is there, is from before): lower --lr.")
-    return losses
+    return sums
 
 
 def save(run, path):
     """Writes the checkpoint; a state that is not finite is never saved. Raises UserError."""
-    finite_means(run, path)
-    sums = run.meter.sums().tolist()
+    sums = finite_sums(run, path).tolist()
     if run.rank > 0:
         return
     state = dict(images=run.images, config=resolved(run.cfg), model=run.net.state_dict(),
@@ -1778,7 +1772,8 @@ def chip(device):
 
 def log(run, out, begun, bar):
     """Adds a record to log.jsonl and shows it beside the bar."""
-    denoising, distillation = finite_means(run, out / "checkpoint.pt")
+    sums = finite_sums(run, out / "checkpoint.pt")
+    denoising, distillation = (sums / run.meter.steps).tolist()
     now = time.time()
     minutes = (now - begun) / 60
     record = dict(images=run.images, loss=denoising)
