@@ -476,18 +476,6 @@ def test_claim_curves(study, tmp_path):
     assert seen == [True, False]
 
 
-def test_probe_rows():
-    """A row of a table that links a result of probe.py shows that result's place and scores."""
-    page = (RESULTS / "latents.md").read_text(encoding="utf-8")
-    rows = list(re.finditer(r"^\|.*\[probe\]\((\S+?)\).*$", page, re.M))
-    assert rows
-    for row in rows:
-        result = json.loads((RESULTS / row[1]).read_text())
-        best, test = result["best"], result["test"]["accuracy"]
-        place = f"| {best['layer']}, t = {best['t']} | {100 * best['accuracy']:.1f} % | {100 * test:.1f} % |"
-        assert place in row[0], row[1]
-
-
 def test_bench(monkeypatch, capsys):
     """bench.py says images/s, the work of an image and the time to the first step; writes nothing."""
     monkeypatch.syspath_prepend(RESULTS)

@@ -1,6 +1,6 @@
 """Makes tables of the pages anew from the raw files behind them; fails where a page says something else.
 
-Of the first page, claim.md, paths.md, speed.md (speeds and costs) and dead-ends.md (forms); see main.
+Of the first page, claim.md, paths.md, latents.md, speed.md (speeds, costs), dead-ends.md (forms); see main.
 
     python .github/results/check_numbers.py
 """
@@ -271,6 +271,24 @@ def mps_rows():
     yield "speed.md", f"{said[0]} images/s, without it {said[1]}: {100 * (sums[0] / sums[1] - 1):.0f} % more"
 
 
+def latent_rows():
+    """A DiT in the latents of photographs, with z and without: one pair."""
+    runs = {run["run"]: run for run in study.read(HERE / "latents.jsonl")}
+    reference, base, ours = runs["reference"], runs["flow-baseline"], runs["flow-z"]
+    for run, form in ((base, "baseline"), (ours, "z")):
+        best = run["best"]
+        scores = " | ".join(f"{100 * score:.1f} %" for score in (best["accuracy"], run["test"], run["knn"]))
+        yield "latents.md", (f"| `{run['config']['schedule']}` | {form} | {run['distance']:.1f} | "
+                             f"{best['layer']}, t = {best['t']} | {scores} | {run['loss']:.3f} |\n")
+    yield "latents.md", f"samples are {100 * (ours['distance'] / base['distance'] - 1):.1f} % farther off"
+    yield "latents.md", f"in {max(base['seconds'], ours['seconds']) / 60:.1f} minutes on one H200"
+    yield "latents.md", (f"the test photographs have {reference['test']:.1f}, what the VAE makes of them "
+                         f"(PSNR {reference['psnr']:.1f} dB) has {reference['reconstructed']:.1f}.")
+    gains = [100 * (max(levels) - max(plain)) for levels, plain in zip(ours["held_out"], base["held_out"])]
+    yield "latents.md", (f"blocks 3 to 7 know {min(gains[2:7]):.1f} to {max(gains[2:7]):.1f} points more and "
+                         f"block_1 {-gains[0]:.1f} less")
+
+
 def on_one_line(text):
     """So that it does not matter where a page breaks its lines; rows of tables end where they end."""
     return re.sub(r"(?<!\|)\n", " ", text)
@@ -279,7 +297,7 @@ def on_one_line(text):
 def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
-                 demo_rows, path_rows, form_rows, rate_rows, seed_rows, curve_rows, mps_rows):
+                 demo_rows, path_rows, form_rows, rate_rows, seed_rows, curve_rows, mps_rows, latent_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):
