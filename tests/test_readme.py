@@ -221,12 +221,12 @@ def test_links(page):
                 image.verify()
 
 
-def patched(file, *parts, page="README.md"):
-    """The module of a file with those ```diff blocks of a page applied that contain one of parts."""
+def patched(file, *parts):
+    """The module of a file with those ```diff blocks of the exercises applied that contain one of parts."""
     source = (ROOT / file).read_text(encoding="utf-8")
     applied = 0
-    page = (ROOT / page).read_text(encoding="utf-8")
-    for name, block in re.findall(r"^```diff\n--- (\S+)\n(.*?)^```", page, re.M | re.S):
+    exercises = TEXT + (RESULTS / "exercises.md").read_text(encoding="utf-8")
+    for name, block in re.findall(r"^```diff\n--- (\S+)\n(.*?)^```", exercises, re.M | re.S):
         if name == file and any(part in block for part in parts):
             lines = block.splitlines()
             old = "".join(line[1:] + "\n" for line in lines if line[:1] != "+")
@@ -274,7 +274,7 @@ def test_exercise_z(name, parts, z):
 @pytest.mark.pins
 def test_exercise_weights():
     """Exercise 3: at a signal-to-noise ratio r the error of x0 counts min(r, 5), whatever is predicted."""
-    module = patched("diffusion.py", "to_x0", page=".github/results/exercises.md")
+    module = patched("diffusion.py", "to_x0")
     x0, noise, out = torch.randn(3, 3, 1, 4, 4)
     t = torch.tensor([10, 200, 900])
     for schedule, target in (("linear", "eps"), ("linear", "v"), ("edm", "v"), ("flow", "v")):
@@ -289,8 +289,7 @@ def test_exercise_weights():
 @pytest.mark.pins
 def test_exercise_multistep():
     """Exercise 4: the sampler's error falls with the square of the steps, ddim's with the steps."""
-    page = ".github/results/exercises.md"
-    module = patched("diffusion.py", "SAMPLERS = ", "return {", "x0_middle", page=page)
+    module = patched("diffusion.py", "SAMPLERS = ", "return {", "x0_middle")
     flow = module.GaussianDiffusion(schedule="flow")
 
     def net(x, t):                                  # of data ~ N(0, 0.3^2), exact
@@ -310,7 +309,7 @@ def test_exercise_multistep():
 @pytest.mark.pins
 def test_exercise_probe_head():
     """Exercise 5: two layers on whitened features learn what a linear layer cannot: exclusive or."""
-    head = patched("probe.py", "eigh", page=".github/results/exercises.md")
+    head = patched("probe.py", "eigh")
     torch.manual_seed(0)
     h = torch.randn(400, 2)
     y = (h[:, 0] * h[:, 1] > 0).long()
