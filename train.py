@@ -32,7 +32,7 @@ import zipfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -1273,7 +1273,6 @@ def load_run(folder, device):
 # public weights: those of the original networks
 
 PUBLIC_SCALE = 0.18215      # by which the public networks of latents multiply these: Stable Diffusion's
-ADDED = ("proj.", "abar", "projector.")             # what they do not have
 
 
 def read_public(cfg):
@@ -1296,15 +1295,25 @@ def classes_of(weights):
     return len(weights["label_embed.weight"]) - 1 if "label_embed.weight" in weights else 0
 
 
+def names_of_z(cfg, net):
+    """What a network has and the plain one lacks: names of weights and buffers."""
+    shape = (net.channels, net.image_size, net.image_size)
+    with torch.device("meta"):                      # takes no memory
+        plain, _ = build(replace(cfg, self_cond=False, distill=None), shape, net.num_classes,
+                         torch.device("meta"))
+    return net.state_dict().keys() - plain.state_dict().keys()
+
+
 def load_public(cfg, net, weights):
     """Puts public weights into a network, whose proj stays at zero. Raises UserError."""
     known, K = classes_of(weights), net.num_classes
     fitting = f"--conditional and data of {known:,} classes" if known else "--no-conditional"
     require(known == K, f"{cfg.init} knows {known:,} classes, this network {K:,}: use {fitting}.")
-    tables = {name: w for name, w in net.named_buffers() if not name.startswith(ADDED)}     # not loaded
+    added = names_of_z(cfg, net)
+    tables = {name: w for name, w in net.named_buffers() if name not in added}   # compared, not loaded
     try:
         missing, extra = net.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not name.startswith(ADDED)]
+        missing = [name for name in missing if name not in added]
         extra = [name for name in extra if name not in tables]
         require(not missing and not extra, f"missing: {missing[:3]}, left over: {extra[:3]}")
         for name, table in tables.items():

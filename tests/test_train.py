@@ -557,12 +557,19 @@ def test_abar_table(schedule):
     assert run.net.abar[0] > 0.999 and run.net.abar[1000] < 1e-4 and torch.equal(run.net.abar, run.ema.abar)
 
 
+@pins
+@each_model
+def test_names_of_z(model):
+    """z adds these to the plain network."""
+    on, off = (ready(f"--model {model} --{no}self-cond") for no in ("", "no-"))
+    assert on.net.state_dict().keys() - off.net.state_dict().keys() == {
+        "proj.1.weight", "proj.1.bias", "abar"}
+
+
 @each_model
 def test_twins(model):
     """A run and its baseline see the same images, noise and initial weights: equal until proj has moved."""
     on, off = (ready(f"--model {model} {MOVES} --{no}self-cond") for no in ("", "no-"))
-    assert on.net.state_dict().keys() - off.net.state_dict().keys() == {
-        "proj.1.weight", "proj.1.bias", "abar"}
     assert means(steps(on))[0] == means(steps(off))[0]
     assert means(steps(on, 7))[0] != means(steps(off, 7))[0]
 
