@@ -79,7 +79,6 @@ def speed_rows():
             yield FIRST, f"| {title} | {speed} | {theirs:,.0f} ({peer}): {times} | {memory} | "
         if name == "unet" and batch == 128:
             yield FIRST, f"{starts(both)} (1)"
-            yield FIRST, f"{speed} images/s, {run['speed'] / theirs:.1f} times DDAE's"
     speeds = [runs[f"torchrun --nproc_per_node={n} bench.py --model dit --batch-size {512 * n}"][0]["speed"]
               for n in (1, 2, 4)]
     two, four = speeds[1] / speeds[0], speeds[2] / speeds[0]
@@ -252,7 +251,7 @@ def claim_rows():
                  for name in TITLES]
         levels.append(", ".join(f"{mean:.{digits - 1}f}" for mean in means))
     near, far, probe, knn = levels
-    yield FIRST, f"distances {near} and {far}; probe {probe} %; k-NN {knn} %."
+    yield FIRST, f"classifier {near}; EfficientNet {far}; probe {probe} %; k-NN {knn} %."
     every = [run for seeds in runs.values() for run in seeds.values()]
     minutes = [run["images"] / run["images_per_second"] / 60 for run in every]
     span = f"{min(minutes):.0f} to {max(minutes):.0f} minutes"
