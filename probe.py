@@ -184,18 +184,18 @@ def pool(h, p, S):
 
 
 @torch.no_grad()
-def extract(source, part, levels, args, layers=None, view=0, pixels=None, learn=False):
+def extract(source, part, levels, args, layers=None, view=0, pixels=None, training=False):
     """Features of a part: batch by batch, level by level; all layers of a level from one forward pass.
 
     Yields layer, t, h (n m, D) float32 and targets (n m,) int64 for n images; m = 1 to classify. To
     segment, m = pixels of each image, drawn at random, or all of them in order (None). View 0 is the image
-    as it is; 1, 2, ... are flipped and shifted at random. learn: what probes learn from has other noise
-    than what they are scored on.
+    as it is; 1, 2, ... are flipped and shifted at random. training: what probes learn from has other
+    noise than what they are scored on.
     """
     device, S, size = source.device, part.images.shape[-1], args.batch_size
     starts = range(0, len(part.images), size)
-    for start in progress(starts, "features" if learn else "scoring", unit="batch", leave=False):
-        g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, int(learn)))
+    for start in progress(starts, "features" if training else "scoring", unit="batch", leave=False):
+        g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, int(training)))
         x0 = to_x0(part.images[start:start + size].to(device), source.moments)
         targets = part.targets[start:start + size].to(device).long()
         if view:
@@ -223,7 +223,7 @@ def collect(source, part, levels, args, layers=None):
     views = range(1, args.augment + 1) if args.augment else [0]
     found, y = defaultdict(list), defaultdict(list)
     for view in views:
-        for layer, t, h, targets in extract(source, part, levels, args, layers, view, pixels, learn=True):
+        for layer, t, h, targets in extract(source, part, levels, args, layers, view, pixels, training=True):
             found[layer, t].append(h)
             y[layer, t].append(targets)
     # pop: what has been joined is not kept twice

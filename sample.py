@@ -57,7 +57,8 @@ def parse(argv):
     require(args.weights or not args.data, "--data is for --weights: leave it out, the run knows it.")
     most = 10_000_000                               # they are kept in memory
     require(0 < args.count <= most, f"--count {args.count} is not possible: use 1 to {most:,}.")
-    require(abs(args.seed) < 2 ** 62, f"--seed {args.seed} is not possible: use fewer digits.")
+    last = 2 ** 32 - args.count                     # torch's CPU generator takes 32 bits of a seed
+    require(0 <= args.seed <= last, f"--seed {args.seed} is not possible: use 0 to {last:,}.")
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
     require(not args.out or (Path(args.out).name == args.out and len(args.out.encode()) < 200),
             f"--out {args.out} is not the name of a file: leave out folders, shorten it.")

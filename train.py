@@ -751,16 +751,14 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
             raise UserError(f"--image-size {size} makes latents of {shape[1]} x {shape[2]}: {e}")
     part = from_first(lambda: make_folder(out))
     try:
-        for split in ("test", "train"):             # the small one first: its errors cost less
-            try:
-                images, labels, classes = in_every_process(lambda: list_images(spec, split, size, skip_bad))
-            except UserError as e:
-                if split == "train":
-                    raise
-                say(f"without a test part, which probes need: {e}")
-                continue
-            number, total, squares = encode_split(vae, images, labels, part / split, size, shape)
-        # these and classes are those of the last split, the training part
+        try:                                        # the small part first: its errors cost less
+            images, labels, _ = in_every_process(lambda: list_images(spec, "test", size, skip_bad))
+        except UserError as e:
+            say(f"without a test part, which probes need: {e}")
+        else:
+            encode_split(vae, images, labels, part / "test", size, shape)
+        images, labels, classes = in_every_process(lambda: list_images(spec, "train", size, skip_bad))
+        number, total, squares = encode_split(vae, images, labels, part / "train", size, shape)
         mean = total / number
         std = (squares / number - mean ** 2).sqrt()
         require((std > 0).all(), f"{name} makes latents that are constant: use another.")
@@ -1155,7 +1153,7 @@ def flush(path):
 
 
 def mix(*numbers):
-    """Whole numbers >= 0 -> one seed; torch's CPU generator takes 32 bits, and neighbours would be alike.
+    """Whole numbers >= 0 -> one seed of 32 bits, which is all that torch's CPU generator takes.
 
     Who draws from what: (seed) the first weights; (seed, step, 0) which images; (seed, step, 1) t, noise,
     flips, dropped labels; (seed, step, 0, 1) the teacher's view; (seed, step, 2 + rank) dropout. Zeros at the
@@ -1446,7 +1444,7 @@ class Batches:
         y = self.send(y)
         B = self.cfg.batch_size
         on = self.chance(step, 1)
-        flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5
+        flip = torch.rand(B, 1, 1, 1, **on)[self.mine] < 0.5            # of images; fetch flipped latents
         t = self.diffusion.path.draw(B, **on)[self.mine]
         noise = torch.randn(B, *x0.shape[1:], **on)[self.mine]
         drop = torch.rand(B, **on)[self.mine] < LABEL_DROPOUT
@@ -1730,7 +1728,7 @@ def draw(run, vae, path):
     with run.autocast():
         for x, classes in zip(noise.split(size), y.split(size)):
             parts.append(run.diffusion.sample(run.ema, x, classes if K else None, null=K,
-                                              guidance=GUIDANCE if K else 1.0, clip=vae is None))
+                                              guidance=GUIDANCE if K else 1.0, clip=run.data.meta is None))
     x = to_pixels(torch.cat(parts), moments_of(run.data.meta, run.device), vae)
     save_file(path, lambda file: save_grid(x, file, columns))
 
@@ -1864,7 +1862,8 @@ def check_data(cfg, data, state):
 
 def advance(run):
     """One step of training: rate, gradients, weights, average."""
-    run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, run.images)
+    rate = learning_rate(run.cfg, run.images)       # 0 in the first step, which fills AdamW's averages alone
+    run.optimizer.param_groups[0]["lr"] = rate
     train_step(run)
     run.images += run.cfg.batch_size
     update_ema(run)

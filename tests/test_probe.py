@@ -100,11 +100,11 @@ def spied(monkeypatch):
     """What each use of probe.extract got and gave: features to learn from, or those that are scored."""
     log, real = [], probe.extract
 
-    def extract(source, part, levels, args, layers=None, view=0, pixels=None, learn=False):
+    def extract(source, part, levels, args, layers=None, view=0, pixels=None, training=False):
         call = SimpleNamespace(part=part, levels=levels, layers=layers, view=view, given=[],
-                               what="features" if learn else "scoring")
+                               what="features" if training else "scoring")
         log.append(call)
-        for item in real(source, part, levels, args, layers, view, pixels, learn):
+        for item in real(source, part, levels, args, layers, view, pixels, training):
             call.given.append(item)
             yield item
     monkeypatch.setattr(probe, "extract", extract)
@@ -276,7 +276,7 @@ def test_noise():
         features, _ = by_place(list(items))
         assert torch.equal(features["x", 10], features["x", 300])
         return features["x", 10]
-    noise = torch.cat([draw(), draw(seed=3), draw(view=1), draw(view=2), draw(learn=True)])
+    noise = torch.cat([draw(), draw(seed=3), draw(view=1), draw(view=2), draw(training=True)])
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert len({image.numpy().tobytes() for image in noise}) == len(noise) == 300
 
@@ -321,7 +321,7 @@ def test_collect(monkeypatch, views):
         x, y = probe.collect(source, part, [3, 8], args, ["a", "b"])
         expected, targets = by_place([
             item for view in (range(1, views + 1) or [0])
-            for item in probe.extract(source, part, [3, 8], args, ["a", "b"], view, m, learn=True)])
+            for item in probe.extract(source, part, [3, 8], args, ["a", "b"], view, m, training=True)])
         assert list(x) == [("a", 3), ("b", 3), ("a", 8), ("b", 8)]
         assert all(torch.equal(h, expected[place]) for place, h in x.items())
         assert torch.equal(y, targets) and y.dtype == torch.int64
