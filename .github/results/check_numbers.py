@@ -93,7 +93,7 @@ def slower(speed, plain, digits):
 
 
 def cost_rows():
-    """What z costs of a step, and the distillation: of a UNet, and of a DiT of 14.5 M."""
+    """What z costs of a step, and the distillation."""
     runs = bench_runs()
     forms = {r["variant"]: r["images_per_second"] for r in study.read(HERE / "unet-forms.jsonl")}
     said, z = slower(forms["mid, signal"], forms["baseline"], 1)         # today's form
@@ -110,12 +110,19 @@ def cost_rows():
         said, z = slower(runs[ours][0]["speed"], runs[plain][0]["speed"], 1)
         yield "speed.md", said
         yield FIRST, f"| {starts(runs[alone])} | {z} |"
+    day = "   (one H200)"                           # another one
+    said, _ = slower(runs[uvit + day][0]["speed"], runs[f"{uvit} --no-self-cond{day}"][0]["speed"], 1)
+    yield "speed.md", f"on another day {said}"
+    plain = f"{runs[f'{dit} --no-self-cond{day}'][0]['speed']:,.0f}"
+    first, second = (run["speed"] for run in runs[dit + day])
+    yield "speed.md", f"on another day {first:,.0f} and {second:,.0f} instead of {plain}"
+    said, cost = slower(runs[f"{dit} --distill 0.02{day}"][0]["speed"], (first + second) / 2, 0)
+    yield "speed.md", said
+    yield FIRST, f"| {z} | {cost} |"
     flags, size = "--model dit --batch-size 128", "(small with dim 256, heads 4)"
     plain = runs[f"python bench.py {flags}   {size}"][0]["ms"]
     distilled = runs[f"python bench.py {flags} --distill 0.02   {size}"][0]["ms"]
-    cost = f"{100 * (distilled / plain - 1):.0f} %"
-    yield "speed.md", f"{distilled:.1f} instead of {plain:.1f} ms: {cost}"
-    yield FIRST, f"{cost} (14.5 M)"
+    yield "speed.md", f"{distilled:.1f} instead of {plain:.1f} ms: {100 * (distilled / plain - 1):.0f} %"
 
 
 def sampling_rows():
@@ -271,22 +278,40 @@ def mps_rows():
 
 
 def latent_rows():
-    """A DiT in the latents of photographs, with z and without: one pair."""
+    """A DiT in the latents of photographs: two pairs, with z and without; moved noise; classes."""
     runs = {run["run"]: run for run in study.read(HERE / "latents.jsonl")}
-    reference, base, ours = runs["reference"], runs["flow-baseline"], runs["flow-z"]
-    for run, form in ((base, "baseline"), (ours, "z")):
-        best = run["best"]
-        scores = " | ".join(f"{100 * score:.1f} %" for score in (best["accuracy"], run["test"], run["knn"]))
-        yield "latents.md", (f"| `{run['config']['schedule']}` | {form} | {run['distance']:.1f} | "
-                             f"{best['layer']}, t = {best['t']} | {scores} | {run['loss']:.3f} |\n")
-    yield "latents.md", f"samples are {100 * (ours['distance'] / base['distance'] - 1):.1f} % farther off"
-    yield "latents.md", f"in {max(base['seconds'], ours['seconds']) / 60:.1f} minutes on one H200"
+    reference, farther, minutes, gains = runs["reference"], [], [], []
+    for path in ("flow", "eps"):
+        base, ours = runs[f"{path}-baseline"], runs[f"{path}-z"]
+        farther.append(f"{100 * (ours['distance'] / base['distance'] - 1):.1f}")
+        minutes += [base["seconds"] / 60, ours["seconds"] / 60]
+        after, before = (claim_curves.curve([run])[0] for run in (ours, base))
+        gains.append(after - before)                # points, by layer
+        for run, form in ((base, "baseline"), (ours, "z")):
+            best = run["best"]
+            shares = best["accuracy"], run["test"], run["knn"]
+            scores = " | ".join(f"{100 * share:.1f} %" for share in shares)
+            yield "latents.md", (f"| `{run['config']['schedule']}` | {form} | {run['distance']:.1f} | "
+                                 f"{best['layer']}, t = {best['t']} | {scores} | {run['loss']:.3f} |\n")
+    yield "latents.md", f"samples are {farther[0]} and {farther[1]} % farther off"
+    yield "latents.md", f"in {min(minutes):.1f} to {max(minutes):.1f} minutes on one H200"
     yield "latents.md", (f"the test photographs have {reference['test']:.1f}, what the VAE makes of them "
                          f"(PSNR {reference['psnr']:.1f} dB) has {reference['reconstructed']:.1f}.")
-    after, before = (claim_curves.curve([run])[0] for run in (ours, base))
-    gains = after - before
-    yield "latents.md", (f"blocks 3 to 7 know {min(gains[2:7]):.1f} to {max(gains[2:7]):.1f} points more and "
-                         f"block_1 {-gains[0]:.1f} less")
+    flow, eps = gains
+    yield "latents.md", f"block_1 knows {-flow[0]:.1f} points less (`flow`) and {-eps[0]:.1f} (eps)"
+    yield "latents.md", f"blocks 3 to 7 {min(flow[2:7]):.1f} to {max(flow[2:7]):.1f} more (`flow`)"
+    yield "latents.md", f"blocks 5 to 12 {min(eps[4:]):.1f} to {max(eps[4:]):.1f} (eps)"
+    for name in ("flow-z-half", "flow-z", "flow-z-2"):
+        run = runs[name]
+        yield "latents.md", (f"| {run['shift']:g} | {run['distance']:.1f} | {100 * run['test']:.1f} % | "
+                             f"{100 * run['knn']:.1f} % |")
+    half = min(sigma for sigma, left in runs["flow-z"]["unexplained"] if left > runs["flow-z"]["power"] / 2)
+    yield "latents.md", f"half of the latents' variance at a noise of σ = {half:.1f}"
+    with_classes = runs["conditional"]
+    yield "latents.md", f"8 million images in {with_classes['seconds'] / 60:.1f} minutes"
+    distances = ", ".join(f"{distance:.1f}" for distance in with_classes["distance"].values())
+    yield "latents.md", f"have a distance of {distances} at a guidance of 1, 1.5, 2"
+    yield "latents.md", f"(PSNR {reference['psnr_128']:.1f} dB) has {reference['reconstructed_128']:.1f}."
 
 
 def on_one_line(text):
