@@ -13,6 +13,7 @@ import importlib.util
 import math
 from argparse import BooleanOptionalAction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,32 +94,50 @@ def class_ids(names, classes, conditional):
     return ids
 
 
-def draw(args, state, net, diffusion, device, ids, indices, trace=None):
+class Source(NamedTuple):
+    """What is drawn from: a run or public weights, as of load_source; for latents, their moments and VAE."""
+
+    state: dict
+    net: torch.nn.Module
+    diffusion: object
+    device: torch.device
+    moments: torch.Tensor | None
+    vae: object | None
+
+    @property
+    def makes_images(self):
+        """Are the results images, not latents that nothing decodes?"""
+        return self.vae is not None or not self.state["latents"]
+
+    def decode(self, x):
+        return to_pixels(x, self.moments, self.vae)
+
+
+def draw(args, source, ids, indices, trace=None):
     """What the network draws, (n, C, H, W); index i has seed --seed + i and class ids[i mod K]."""
-    cfg = state["config"]
+    state, device = source.state, source.device
     next_noise = seeded_noise([args.seed + i for i in indices], state["shape"])
     y = None
     if ids:
         y = torch.tensor([ids[i % len(ids)] for i in indices], device=device)
-    autocast, _ = pick_autocast(args.precision or cfg.precision, device)
+    autocast, _ = pick_autocast(args.precision or state["config"].precision, device)
     with autocast():
-        return diffusion.sample(net, next_noise().to(device), y, null=state["num_classes"], steps=args.steps,
-                                sampler=args.sampler, guidance=args.guidance, clip=not state["latents"],
-                                randn=lambda like: next_noise().to(device), trace=trace)
+        return source.diffusion.sample(
+            source.net, next_noise().to(device), y, null=state["num_classes"], steps=args.steps,
+            sampler=args.sampler, guidance=args.guidance, clip=not state["latents"],
+            randn=lambda like: next_noise().to(device), trace=trace)
 
 
-def draw_share(paint, n, size, rank, world):
-    """The images rank, rank + world, ... of all n, size at a time -> uint8, or latents that stay latents.
-
-    paint(indices) draws some.
-    """
-    mine = range(rank, n, world)
-    parts = [mine[i:i + size] for i in range(0, len(mine), size)]
+def draw_share(args, source, ids, rank, world):
+    """Of --count images those of number rank, rank + world, ... -> uint8, or latents that stay latents."""
+    mine = range(rank, args.count, world)
+    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     images = []
     for part in progress(parts, "batches", delay=1):
         whole = len(part) == len(parts[0])          # a last batch that is smaller would be compiled anew
         with torch.compiler.set_stance("default" if whole else "force_eager"):
-            images.append(paint(part))
+            x = source.decode(draw(args, source, ids, part))
+            images.append(to_uint8(x) if source.makes_images else finite(x).cpu())
     return torch.cat(images) if images else torch.empty(0, dtype=torch.uint8)
 
 
@@ -139,6 +158,14 @@ def collect(images, n, rank, world):
 def evenly(trace):
     """Ten steps of a trace, or all where there are fewer; with the first and the last."""
     return [trace[round(i)] for i in np.linspace(0, len(trace) - 1, min(10, len(trace)))]
+
+
+def denoise(args, source, ids):
+    """Draws the first four images -> the steps (t, x_t, x0) that are shown of them."""
+    trace = []
+    draw(args, source, ids, range(4), trace)
+    # a VAE takes its time: it decodes only what is shown
+    return [(t, source.decode(x_t), source.decode(x0)) for t, x_t, x0 in evenly(trace)]
 
 
 def draw_denoise(steps, file):
@@ -236,17 +263,13 @@ def main(argv=None):
     compiled = to_compile(args, device, world)
     whose = "public weights" if args.weights else f"EMA at {state['images']:,} images"
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, {whose}"
-    vae, moments = vae_of(state["latents"], device), moments_of(state["latents"], device)
-    pixels = vae is not None or state["latents"] is None                     # else latents are all there is
+    latents = state["latents"]
+    source = Source(state, net, diffusion, device, moments_of(latents, device), vae_of(latents, device))
     if args.denoise:
-        require(pixels, "--denoise draws images, and latents need their VAE.")
+        require(source.makes_images, "--denoise draws images, and latents need their VAE.")
         if rank > 0:
             return
-        trace = []
-        draw(args, state, net, diffusion, device, ids, range(4), trace)
-        steps = []
-        for t, x_t, x0 in evenly(trace):            # a VAE takes its time: only what is shown
-            steps.append((t, to_pixels(x_t, moments, vae), to_pixels(x0, moments, vae)))
+        steps = denoise(args, source, ids)
         picture = run / f"{args.out or 'denoise'}.png"
         save_file(picture, lambda file: draw_denoise(steps, file))
         say(f"{picture}: {how}")
@@ -257,15 +280,11 @@ def main(argv=None):
     if compiled:
         torch.backends.cudnn.benchmark = True
         compile_parts(net)
-
-    def paint(indices):
-        x = to_pixels(draw(args, state, net, diffusion, device, ids, indices), moments, vae)
-        return to_uint8(x) if pixels else finite(x).cpu()
-    images = draw_share(paint, args.count, args.batch_size, rank, world)
+    images = draw_share(args, source, ids, rank, world)
     images = collect(images, args.count, rank, world)
     if rank > 0:
         return
-    if not pixels:
+    if not source.makes_images:
         archive = run / f"{args.out or 'latents'}.npz"
         save_file(archive, lambda file: np.savez(file, images.numpy()))
         say(f"{archive}: arr_0 {tuple(images.shape)} float32, not decoded; {how}")

@@ -77,7 +77,7 @@ def opened(folder, flags):
     ids = sample.class_ids(args.classes, state["classes"], state["config"].conditional)
     sample.complete(args, state, diffusion, ids)
     assert not any(module.training for module in net.modules())
-    return [args, state, net, diffusion, CPU, ids]
+    return args, sample.Source(state, net, diffusion, CPU, None, None), ids
 
 
 @pytest.fixture
@@ -140,11 +140,8 @@ def test_pixels(root, run, flags, ids, sampler, guidance):
 def test_shares(root, monkeypatch, n, world):
     """The processes' shares, as even as can be, are together what one draws, also where one has none."""
     arguments = opened(root / "free", f"-n {n} --steps 2 --batch-size 2")
-
-    def paint(indices):
-        return sample.to_uint8(sample.draw(*arguments, indices))
-    alone = sample.draw_share(paint, n, 2, rank=0, world=1)
-    shares = [sample.draw_share(paint, n, 2, rank, world) for rank in range(world)]
+    alone = sample.draw_share(*arguments, rank=0, world=1)
+    shares = [sample.draw_share(*arguments, rank, world) for rank in range(world)]
     assert [len(share) for share in shares] == [len(range(rank, n, world)) for rank in range(world)]
 
     def gather(mine, into):
@@ -253,9 +250,9 @@ def test_class_ids(names, classes, ids):
 def test_precision(root, trained, flags, dtype):
     """The network runs in the run's precision, or in that of --precision."""
     arguments, seen = opened(root / "free", f"--steps 2 {flags}"), []
-    _, state, net, *_ = arguments
-    state["config"].precision = trained
-    net.register_forward_pre_hook(lambda *_: seen.append(
+    _, source, _ = arguments
+    source.state["config"].precision = trained
+    source.net.register_forward_pre_hook(lambda *_: seen.append(
         torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32))
     sample.draw(*arguments, range(2))
     assert seen == [dtype] * 2
