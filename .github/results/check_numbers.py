@@ -5,6 +5,7 @@ Of the first page, claim.md, paths.md, latents.md, speed.md (speeds, costs), dea
     python .github/results/check_numbers.py
 """
 import json
+import math
 import re
 import statistics
 import sys
@@ -23,6 +24,7 @@ import train  # noqa: E402
 
 FIRST = "../../README.md"             # the first page, from here
 TITLES = {"unet": "UNet", "uvit": "U-ViT", "dit": "DiT"}
+WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
 PEERS = {"unet": ("ddae", "DDAE", "fp16"), "uvit": ("uvit", "U-ViT", "fp16"), "dit": ("dit", "DiT", "TF32")}
 
 
@@ -226,6 +228,43 @@ def seed_rows():
     yield "claim.md", f"Of the {len(grey)} intervals of new minus old runs, {decided} exclude 0"
 
 
+def chance(values):
+    """The two-sided p of a paired t-test of six differences: Student's t with 5 degrees of freedom."""
+    t = abs(statistics.mean(values)) / (statistics.stdev(values) / math.sqrt(6))
+    a = math.atan(t / math.sqrt(5))
+    return 1 - 2 / math.pi * (a + math.sin(a) * math.cos(a) * (1 + 2 / 3 * math.cos(a) ** 2))
+
+
+def shown_rows():
+    """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
+    runs = claim.read_runs("claim.jsonl")
+    pairs = {}                                      # network -> differences, a list a measure
+    for _, name, z, weight in claim.NETWORKS:
+        forms = claim.forms(z, weight)
+        ours, theirs = runs[name, forms["z + distillation"]], runs[name, forms["baseline"]]
+        pairs[name] = [claim.paired(ours, theirs, measure) for measure in claim.MEASURES]
+    primary = sorted(chance(values) for found in pairs.values() for values in found[:3])
+    secondary = [chance(values) for found in pairs.values() for values in found[3:]]
+    shown = sum(p < 0.05 for p in primary)
+    yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0"
+    holm = [p < 0.05 / (len(primary) - k) for k, p in enumerate(primary)]    # until the first that is not
+    also = ", and still do by Holm's correction." if all(holm[:shown]) else "."
+    yield "claim.md", f"intervals {WORDS[shown]} exclude 0{also}"
+    yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
+                       f"{WORDS[sum(p < 0.05 for p in secondary)]} exclude 0")
+    near, far = pairs["uvit"][:2]
+    closer, away = [-change for change in near if change < 0], [change for change in near if change > 0]
+    yield "claim.md", (f"six, {WORDS[len(closer)]} come closer by the classifier, by {min(closer):.0f} to "
+                       f"{max(closer):.0f} %, and {WORDS[len(away)]} move away, by {min(away):.1f} and "
+                       f"{max(away):.1f} %")
+    closer, away = [-change for change in far if change < 0], [change for change in far if change > 0]
+    yield "claim.md", (f"by EfficientNet {WORDS[len(closer)]} comes closer, by {max(closer):.0f} %, and "
+                       f"{WORDS[len(away)]} move away, by {min(away):.0f} to {max(away):.0f} %.")
+    farther = WORDS[sum(min(both) > 0 for both in zip(*pairs["unet"][:2]))]
+    yield "claim.md", f"The UNet's {farther} all move away by both judges."
+    yield FIRST, f"samples farther off in each of {farther} pairs"
+
+
 def curve_rows():
     """What z and distillation change in single layers."""
     runs = claim.read_runs("claim.jsonl")
@@ -321,8 +360,8 @@ def on_one_line(text):
 
 def main():
     wrong = 0
-    for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows,
-                 demo_rows, path_rows, form_rows, rate_rows, seed_rows, curve_rows, mps_rows, latent_rows):
+    for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows, demo_rows, path_rows, form_rows,
+                 rate_rows, seed_rows, shown_rows, curve_rows, mps_rows, latent_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):

@@ -66,20 +66,21 @@ def value(run, place, factor):
     return None if run is None else factor * run
 
 
-def compare(ours, theirs, place, factor, digits, relative):
-    """Runs of two forms by seed -> a cell of what a measure says of them, over the seeds that both have."""
+def paired(ours, theirs, measure):
+    """Runs of two forms by seed -> their differences in a measure, of the seeds that both have."""
+    _, place, factor, _, _, relative = measure
     found = []
     for seed in sorted(ours.keys() & theirs.keys()):
         a, b = value(ours[seed], place, factor), value(theirs[seed], place, factor)
         if a is not None and b is not None:
             found.append(100 * (a / b - 1) if relative else a - b)
-    return cell(found, digits) if found else "-"
+    return found
 
 
 def differences(ours, theirs, measures):
     """A cell of each of these measures."""
-    return [compare(ours, theirs, place, factor, digits, relative)
-            for _, place, factor, _, digits, relative in measures]
+    found = [(paired(ours, theirs, measure), measure[4]) for measure in measures]
+    return [cell(values, digits) if values else "-" for values, digits in found]
 
 
 def forms(z, weight):
