@@ -149,8 +149,13 @@ def test_proj_is_all_that_is_added(name):
 
 
 def test_fresh_transformers():
-    """A fresh DiT is the identity, block by block, then 0; a U-ViT has small weights, then the identity."""
-    net = build("dit")
+    """A fresh DiT is the identity, block by block, then 0; a U-ViT has small weights, then the identity.
+
+    The DiT's embeddings of time and label have small weights, too.
+    """
+    net = build("dit", 10)
+    for m in (net.time_mlp[0], net.time_mlp[2], net.label_embed):
+        assert 0.015 < m.weight.std() < 0.025
     for m in [block.modulation for block in net.blocks] + [net.final.modulation, net.final.linear]:
         assert not m.weight.any() and not m.bias.any()
     out, feats = net(*inputs(net), return_features=True)

@@ -209,12 +209,13 @@ def test_many_classes():
     assert scores["x", 1, 0.1]["accuracy"] == 0
 
 
-def test_dead_and_void():
-    """Features that are the same for all images do no harm; pixels of no class (255) teach nothing."""
+@pytest.mark.parametrize("void", [3, 255])
+def test_dead_and_void(void):
+    """Features that are the same for all images do no harm; pixels of no class (K or more) teach nothing."""
     y = torch.arange(900) % 3
     x = F.one_hot(y, 3) + 0.1 * torch.randn(900, 3, generator=generator())
     known = y.clone()
-    y[::2], x[::2] = 255, x[::2].roll(1, 1)
+    y[::2], x[::2] = void, x[::2].roll(1, 1)
     x = torch.cat([x, torch.full((900, 2), 7.0)], 1)
     (found,) = probe.fit([x], y, 3, probe.PENALTIES)
     assert list(found) == probe.PENALTIES
