@@ -488,6 +488,7 @@ def test_name_too_long(old_run, capsys, folder):
     (sample.main, "run --out " + "\u5199" * 80, "--out shorten"),
     (train.main, "--images nan", "nan whole"), (train.main, "--images 1e400", "1e400 whole"),
     (sample.main, f"run -n {10 ** 12}", "--count 10,000,000"),
+    (sample.main, f"run --seed {2 ** 63}", "--seed"),
     (sample.main, f"run -n 2 --seed {2 ** 32 - 1}", "--seed 4,294,967,294"),     # torch takes 32 bits
     (sample.main, "run --seed -1", "--seed 0")])
 def test_flags(capsys, main, flags, words):

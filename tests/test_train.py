@@ -531,7 +531,8 @@ def test_micro_batch(monkeypatch, flags):
 
 @pytest.mark.parametrize("flags, n", [
     ("unet", 20), ("dit", 40), ("uvit", 40), ("unet --schedule linear --target eps", 20),
-    ("unet --schedule edm", 30), ("unet --schedule flow", 20)])
+    ("unet --schedule edm", 30), pytest.param("unet --schedule edm", 20, marks=pins),
+    ("unet --schedule flow", 20)])
 def test_learns(flags, n):
     """Each network soon knows a batch by heart: 0.2 of its loss is left, 0.5 where it does not see x.
 
@@ -1040,9 +1041,9 @@ def test_device(monkeypatch, there, expected):
 
 def test_half_precision():
     """bf16 and fp16 are really on, learn the same to their precision, and keep the weights in fp32."""
-    exact, *others = (steps(ready(f"{MOVES} --precision {p}"), 5) for p in ("fp32", "bf16", "fp16"))
+    exact, *others = (steps(ready(f"{MOVES} --precision {p}"), 6) for p in ("fp32", "bf16", "fp16"))
     for found in others:
-        assert error(means(found)[0], means(exact)[0]) < 0.01
+        assert 0 < error(means(found)[0], means(exact)[0]) < 0.01
         assert all(v.dtype == torch.float32 for v in found.net.state_dict().values())
         assert 1e-6 < error(found.net.state_dict(), exact.net.state_dict()) < 0.02
     assert [found.scaler.is_enabled() for found in (exact, *others)] == [False, False, True]
