@@ -227,8 +227,12 @@ def seed_rows():
     for _, name, z, weight in claim.NETWORKS:
         variant = claim.forms(z, weight)["z + distillation"]
         grey += claim.differences(runs[name, variant], runs[name, f"{variant}, grey border"], claim.MEASURES)
-    decided = sum("**" in cell for cell in grey)
-    yield "claim.md", f"Of the {len(grey)} intervals of new minus old runs, {decided} exclude 0"
+    yield "claim.md", f"Of the {len(grey)} intervals of new minus old runs, {decided(grey)} exclude 0"
+
+
+def decided(cells):
+    """How many intervals exclude 0."""
+    return sum("**" in cell for cell in cells)
 
 
 def chance(values):
@@ -238,29 +242,35 @@ def chance(values):
     return 1 - 2 / math.pi * (a + math.sin(a) * math.cos(a) * (1 + 2 / 3 * math.cos(a) ** 2))
 
 
+def apart(changes):
+    """Changes of distances -> by how much samples came closer, by how much others moved away."""
+    return [-change for change in changes if change < 0], [change for change in changes if change > 0]
+
+
 def shown_rows():
     """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
     runs = claim.read_runs("claim.jsonl")
-    pairs = {}                                      # network -> differences, a list a measure
+    pairs, primary, secondary = {}, [], []          # network -> differences, a list a measure; cells
     for _, name, z, weight in claim.NETWORKS:
         forms = claim.forms(z, weight)
         ours, theirs = runs[name, forms["z + distillation"]], runs[name, forms["baseline"]]
         pairs[name] = [claim.paired(ours, theirs, measure) for measure in claim.MEASURES]
-    primary = sorted(chance(values) for found in pairs.values() for values in found[:3])
-    secondary = [chance(values) for found in pairs.values() for values in found[3:]]
-    shown = sum(p < 0.05 for p in primary)
-    yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0"
-    holm = [p < 0.05 / (len(primary) - k) for k, p in enumerate(primary)]    # until the first that is not
-    also = ", and still do by Holm's correction." if all(holm[:shown]) else "."
-    yield "claim.md", f"intervals {WORDS[shown]} exclude 0{also}"
+        cells = claim.differences(ours, theirs, claim.MEASURES)
+        primary += cells[:3]
+        secondary += cells[3:]
+    shown = decided(primary)
+    chances = sorted(chance(values) for found in pairs.values() for values in found[:3])
+    holm = all(p < 0.05 / (len(chances) - k) for k, p in enumerate(chances[:shown]))
+    also = ", and still do by Holm's correction." if holm else "."
+    yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}"
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
-                       f"{WORDS[sum(p < 0.05 for p in secondary)]} exclude 0")
+                       f"{WORDS[decided(secondary)]} exclude 0")
     near, far = pairs["uvit"][:2]
-    closer, away = [-change for change in near if change < 0], [change for change in near if change > 0]
+    closer, away = apart(near)
     yield "claim.md", (f"six, {WORDS[len(closer)]} come closer by the classifier, by {min(closer):.0f} to "
                        f"{max(closer):.0f} %, and {WORDS[len(away)]} move away, by {min(away):.1f} and "
                        f"{max(away):.1f} %")
-    closer, away = [-change for change in far if change < 0], [change for change in far if change > 0]
+    closer, away = apart(far)
     yield "claim.md", (f"by EfficientNet {WORDS[len(closer)]} comes closer, by {max(closer):.0f} %, and "
                        f"{WORDS[len(away)]} move away, by {min(away):.0f} to {max(away):.0f} %.")
     farther = WORDS[sum(min(both) > 0 for both in zip(*pairs["unet"][:2]))]

@@ -79,8 +79,12 @@ def paired(ours, theirs, measure):
 
 def differences(ours, theirs, measures):
     """A cell of each of these measures."""
-    found = [(paired(ours, theirs, measure), measure[4]) for measure in measures]
-    return [cell(values, digits) if values else "-" for values, digits in found]
+    cells = []
+    for measure in measures:
+        values = paired(ours, theirs, measure)
+        *_, digits, _ = measure
+        cells.append(cell(values, digits) if values else "-")
+    return cells
 
 
 def forms(z, weight):
