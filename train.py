@@ -55,6 +55,13 @@ from dit_selfcond import DiT
 from unet_selfcond import UNet
 from uvit_selfcond import UViT
 
+# A network of your own needs a line in MODELS, DEFAULT_SIZE and, for a size tiny, TINY_IMAGES. Asked of it,
+# beside forward, encode and bottleneck as in the three:
+#   Net(image_size, channels, num_classes, self_cond, **Net.SIZES[size]) builds it; it keeps the first three
+#   parts  the modules that torch.compile gets
+#   abar   a buffer (1001,), with self_cond
+#   no BatchNorm: the EMA averages parameters, and leaves other buffers as they began
+# Named in the dicts of tests/test_networks.py, it is tested like the three.
 MODELS = {"unet": UNet, "uvit": UViT, "dit": DiT}
 DEFAULT_SIZE = {"unet": "base", "uvit": "small", "dit": "small"}
 LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guidance (arXiv 2207.12598)
@@ -164,7 +171,7 @@ class Config:
 # with which flag a group of --help begins
 GROUPS = dict(model="network and data", out="the run", batch_size="the optimiser", conditional="the method",
               device="the machine")
-# --size tiny: what a short run on a CPU wants, and how many images of 16 x 16 it needs, in 2 to 4 minutes
+# --size tiny: what a short run on a CPU wants, and how many images of 16 x 16 a network then needs
 TINY = dict(schedule="cosine", target="v", batch_size=64, lr=4e-3, warmup=6_400, ema=20_000,
             save_every=20_000, sample_every=40_000)
 TINY_IMAGES = {"unet": 60_000, "uvit": 450_000, "dit": 400_000}
@@ -1254,8 +1261,9 @@ def restore(state, **parts):
                 saved = {**part.state_dict(), "state": saved["state"]}
             if saved or name != "scaler":           # a scaler that was off has nothing to say
                 part.load_state_dict(saved)
-    except Exception as e:                          # torch raises many kinds
-        raise UserError(f"{state['path']} does not fit the network ({type(e).__name__}): use its own code.")
+    except Exception as e:                          # torch raises many kinds; its last line names a weight
+        why = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
+        raise UserError(f"{state['path']} does not fit the network ({why}): use its own code.")
 
 
 def load_run(folder, device):
@@ -1615,7 +1623,8 @@ def distillation_inputs(run, x0):
     value = distill_weight(run.cfg, run.images)
     weight = torch.full((), value, device=run.device)            # a graph would keep a number as it was
     if value == 0:
-        return torch.zeros(run.cfg.batch_size, 128, device=run.device), weight
+        width = run.net.projector[-1].out_features
+        return torch.zeros(run.cfg.batch_size, width, device=run.device), weight
     keys = run.keys_of(*run.batches.noisy_view(x0, run.step))
     if run.world > 1:
         every = [torch.empty_like(keys) for _ in range(run.world)]
@@ -1685,9 +1694,10 @@ def train_step(run):
 def finite_sums(run, path):
     """-> both losses, summed since the last record (2,). Raises UserError where they are not finite."""
     sums = run.meter.sums()
-    require(sums.isfinite().all() and run.meter.norm.isfinite(),
-            f"the loss is not finite between {run.meter.images} and {run.images} images (what {path} holds, "
-            "if it is there, is from before): lower --lr.")
+    for what, value in {"loss": sums, "gradient's norm": run.meter.norm}.items():
+        require(value.isfinite().all(),
+                f"the {what} is not finite between {run.meter.images} and {run.images} images (what {path} "
+                "holds, if it is there, is from before): lower --lr.")
     return sums
 
 
@@ -1757,13 +1767,19 @@ def start_log(run, out, resumed):
 
 def log_head(run):
     """The first line of log.jsonl."""
-    commit = ""
-    with suppress(OSError):                         # git is not there
-        commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
     device = f"{run.world} x {run.device} {chip(run.device)}"
     return dict(config=asdict(run.cfg), parameters=run.parameters, device=device, versions=VERSIONS,
-                commit=commit)
+                commit=git("rev-parse", "--verify", "HEAD"),
+                edited=git("diff", "--name-only", "HEAD", "--", ":(glob)*.py").split())
+
+
+def git(*words):
+    """What git says of the folder of this file; "" where it, or a repository, is not there."""
+    try:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def whole_lines(path, images):
@@ -1830,7 +1846,8 @@ def check_start(cfg, out, world, state=None):
     check_writable(out)
     empty = not out.exists() or not any(out.iterdir())
     require(cfg.resume or empty,
-            f"{out} exists and is not empty: go on with --resume, or choose another --out.")
+            f"{out} exists and is not empty: go on with --resume, which starts anew where nothing was saved, "
+            "or choose another --out.")
     if not state:
         return
     mine, kind = resolved(cfg), cfg.data.partition(":")[0]

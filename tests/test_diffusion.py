@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, error
-from diffusion import TEACHER_SIGMA, GaussianDiffusion
+from diffusion import SCHEDULES, TEACHER_SIGMA, GaussianDiffusion
 
 TABLES = ("linear", "cosine")
 PATHS = [*((schedule, target) for schedule in TABLES for target in ("eps", "v")), ("edm", "v"), ("flow", "v")]
@@ -84,6 +84,20 @@ def test_schedule(schedule, data, T):
         assert error(found / values, torch.ones(len(t))) < precision * (2 if found is sigma else 1)
     assert (abar.diff() < 0).all() and 0 < abar.min() and abar.max() < 1
     assert table or error([path.t_of(x) for x in sigma.tolist()], t) < 1e-6 * T
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_any_path(schedule):
+    """What any path must keep, one of your own, too: from image to noise, at the pace by which v gives x0."""
+    process = GaussianDiffusion(schedule=schedule)
+    path = process.path
+    t = torch.arange(1000) if process.discrete else torch.arange(1000.0)
+    a, s, da, ds = path.coefficients(t)
+    assert error(a * ds - s * da, torch.ones(len(t))) < 1e-6
+    assert a[0] > 0.99 > 0.02 > s[0] and s[-1] > 0.99 > 0.02 > a[-1]
+    assert (path.sigma(t).diff() > 0).all() and (path.abar(t).diff() < 0).all()
+    if not process.discrete:
+        assert error([path.t_of(sigma.item()) for sigma in path.sigma(t[1:-1])], t[1:-1]) < 0.01
 
 
 @scales

@@ -101,8 +101,9 @@ def test_parameter_counts(name, size, kwargs, count):
 @pytest.mark.parametrize("name, size", train.DEFAULT_SIZE.items())
 def test_default_size(name, size):
     """A network of which no size is said is the same one in Python as on the command line."""
-    defaults = {key: p.default for key, p in inspect.signature(NETS[name].__init__).parameters.items()}
-    assert defaults.items() >= NETS[name].SIZES[size].items()
+    net = train.MODELS[name]
+    defaults = {key: p.default for key, p in inspect.signature(net.__init__).parameters.items()}
+    assert defaults.items() >= net.SIZES[size].items()
 
 
 @pytest.mark.pins

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -553,9 +554,19 @@ def test_abar_table(schedule):
     """A network that is built for a path weighs z by that path's abar at each t; of pure noise z counts 0."""
     run = ready(f"--schedule {schedule}")
     t = torch.tensor([0, 1, 60, 500, 999])
-    expected = run.diffusion.path.abar(t if schedule in ("linear", "cosine") else t.float())
+    expected = run.diffusion.path.abar(t if run.diffusion.discrete else t.float())
     assert run.net.abar.shape == (1001,) and error(run.net.abar[t], expected) < 1e-6
     assert run.net.abar[0] > 0.999 and run.net.abar[1000] < 1e-4 and torch.equal(run.net.abar, run.ema.abar)
+
+
+@each_model
+def test_parts(model, monkeypatch):
+    """A network says which of its modules are to be compiled."""
+    net, compiled = ready(f"--model {model}").net, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    train.compile_parts(net)
+    inside = [m for part in compiled for m in part.modules()]
+    assert len(inside) == len(set(inside)) > 10 and set(inside) <= set(net.modules())
 
 
 @pins
@@ -717,6 +728,7 @@ def test_run_folder(tmp_path, capsys, flags):
     assert torch.__version__ in head["versions"] and "cpu" in head["device"]
     in_git = Path(train.__file__).with_name(".git").exists() and shutil.which("git")
     assert re.fullmatch("[0-9a-f]{40}", head["commit"]) or not in_git and head["commit"] == ""
+    assert head["edited"] == [] or in_git and all(name.endswith(".py") for name in head["edited"])
     assert [r["images"] for r in rest] == [320, 352]
     for record in rest:
         more = {"distill"} if cfg["distill"] else set()
@@ -725,6 +737,36 @@ def test_run_folder(tmp_path, capsys, flags):
 
     with Image.open(out / "samples-352.png") as image:                   # tiles of 64 px, 4 px between them
         assert image.size == (10 * 68 + 4, 8 * 68 + 4) and len(image.getcolors(10**6)) > 100
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_edited(tmp_path, monkeypatch):
+    """log.jsonl names the files of code that are not as in the commit that it names."""
+    def git(words):
+        me = "-c user.name=me -c user.email=me@home".split()
+        subprocess.run(["git", *me, *words.split()], cwd=tmp_path, check=True)
+
+    for name in ("train.py", "dit_selfcond.py", "README.md", "tests/test_dit.py"):
+        Path(tmp_path, name).parent.mkdir(exist_ok=True)
+        Path(tmp_path, name).write_text("as it was")
+    git("init -q")
+    git("add .")
+    git("commit -qm all")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    found = ready()
+    assert train.log_head(found)["edited"] == []
+    for name in ("dit_selfcond.py", "README.md", "tests/test_dit.py", "new.py"):
+        Path(tmp_path, name).write_text("as it is")
+    assert train.log_head(found)["edited"] == ["dit_selfcond.py"]
+
+
+def test_changed_network(tmp_path, capsys, monkeypatch):
+    """A run of a network that was changed since is refused, and a weight that does not fit is named."""
+    out = tmp_path / "run"
+    run(out)
+    monkeypatch.setitem(train.DiT.SIZES["tiny"], "dim", 48)
+    with refused(capsys, "does not fit", "size mismatch for", "48"):
+        train.main(argv(out, "--resume"))
 
 
 def test_how_often(tmp_path, monkeypatch):
@@ -944,7 +986,7 @@ OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-siz
     ("--size huge", "--size huge dit tiny small base large xlarge"),
     ("--model unet --size small", "--size small unet tiny base"),
     ("--target x0", "--target x0 eps v"),
-    ("--schedule sigmoid", "--schedule sigmoid linear cosine edm flow"),
+    ("--schedule straight", "--schedule straight linear cosine edm flow"),
     ("--schedule flow --target eps", "flow eps v"), ("--target eps --schedule edm", "edm eps v"),
     ("--precision fp8", "--precision fp8 bf16 fp16 fp32"),
     ("--distill-images 9", "--distill-images --distill 0.02"),
