@@ -113,7 +113,7 @@ def cost_rows():
         yield "speed.md", said
         yield FIRST, f"| {starts(runs[alone])} | {z} |"
     day = "   (one H200)"                           # another one
-    said, _ = slower(runs[uvit + day][0]["speed"], runs[f"{uvit} --no-self-cond{day}"][0]["speed"], 1)
+    said, uvit_z = slower(runs[uvit + day][0]["speed"], runs[f"{uvit} --no-self-cond{day}"][0]["speed"], 1)
     yield "speed.md", f"on another day {said}"
     plain = f"{runs[f'{dit} --no-self-cond{day}'][0]['speed']:,.0f}"
     first, second = (run["speed"] for run in runs[dit + day])
@@ -121,6 +121,17 @@ def cost_rows():
     said, cost = slower(runs[f"{dit} --distill 0.02{day}"][0]["speed"], (first + second) / 2, 0)
     yield "speed.md", said
     yield FIRST, f"| {z} | {cost} |"
+    third, size = "one H200, third day)", "small with dim 256, depth 12, heads 4; "
+    costs = []
+    for command, end in (
+        (uvit, f"   ({third}"),
+        ("python bench.py --model uvit --batch-size 128", f"   ({size}{third}"),
+    ):
+        plain = statistics.mean(run["speed"] for run in runs[command + end])
+        said, cost = slower(runs[f"{command} --distill 0.005{end}"][0]["speed"], plain, 0)
+        yield "speed.md", said
+        costs.append(cost)
+    yield FIRST, f"| {uvit_z} | {costs[0]} |"
     flags, size = "--model dit --batch-size 128", "(small with dim 256, heads 4)"
     plain = runs[f"python bench.py {flags}   {size}"][0]["ms"]
     distilled = runs[f"python bench.py {flags} --distill 0.02   {size}"][0]["ms"]
