@@ -222,6 +222,8 @@ class GaussianDiffusion:
 
     def predict(self, net, x, t, y=None, null=None, guidance=1.0):
         """The network's answer, with classifier-free guidance in one batch of 2B where it is on."""
+        if guidance != 1 and (y is None or null is None):
+            raise ValueError(f"guidance = {guidance} needs classes: give y and null, or leave guidance at 1.")
         if y is None:
             return net(x, t).to(x.dtype)
         if guidance == 1:
@@ -231,7 +233,7 @@ class GaussianDiffusion:
         return out_null + guidance * (out_y - out_null)
 
     def denoise(self, net, x, t, y=None, null=None, guidance=1.0, clip=True):
-        """x_t = x (B, C, H, W) at t (B,) -> what the network takes for x0 and eps."""
+        """x_t = x (B, C, H, W) at t (B,) -> what the network takes for x0 and eps; with clip, t > 0."""
         x0, eps = self.to_x0_eps(self.predict(net, x, t, y, null, guidance), x, t)
         if clip:
             a, s, _, _ = self.coefficients(t)
@@ -250,9 +252,10 @@ class GaussianDiffusion:
     @torch.no_grad()
     def sample(self, net, noise, y=None, null=None, steps=None, sampler="ddim", guidance=1.0, clip=True,
                randn=torch.randn_like, trace=None):
-        """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1).
+        """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1), float32, with a network in eval mode.
 
-        A step adds (change of a) x0 / scale + (change of s) eps, which the network has predicted.
+        A step adds (change of a) x0 / scale + (change of s) eps, which the network has predicted. For bf16,
+        call it under torch.autocast.
 
         y         classes (B,) or None
         null      the class id that means "no class"; needed for guidance
@@ -270,8 +273,6 @@ class GaussianDiffusion:
         steps = usual if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps = {steps} is out of range: use 1 to {self.T}.")
-        if guidance != 1 and (y is None or null is None):
-            raise ValueError(f"guidance = {guidance} needs classes: give y and null, or leave guidance at 1.")
         scale = self.path.scale
         times = self.path.grid(steps, sampler).to(noise.device)
         a, s, _, _ = [c.tolist() for c in self.path.coefficients(times)]
@@ -308,8 +309,8 @@ TEMPERATURE = 0.2
 
 def make_projector(net):
     """An MLP for z of a network, from its width D to 128 (SimCLR, arXiv 2002.05709, section 2.1)."""
-    x = torch.zeros(1, net.channels, net.image_size, net.image_size)
-    D = net.encode(x, torch.zeros(1, dtype=torch.int64)).shape[1]
+    x = next(net.parameters()).new_zeros(1, net.channels, net.image_size, net.image_size)
+    D = net.encode(x, torch.zeros(1, dtype=torch.int64, device=x.device)).shape[1]
     return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 1024), nn.GELU(), nn.Linear(1024, 128))
 
 
@@ -332,7 +333,7 @@ def augment(x0, u):
 def contrast(p, keys, own):
     """InfoNCE per image (n,): p (n, D) is to be like keys[own], unlike the rest (arXiv 1807.03748, eq. 4).
 
-    keys (N, D); own (n,) int64. In float32: float16 makes NaN of a vector near zero.
+    keys (N, D), made without a gradient; own (n,) int64. In float32: float16 makes NaN of a vector near zero.
     """
     with torch.autocast(p.device.type, enabled=False):
         p = F.normalize(p.float(), dim=1)

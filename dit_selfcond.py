@@ -173,8 +173,8 @@ class DiT(nn.Module):
                              f"patches have {patch} pixels, so use a multiple of {patch}.")
         self.image_size, self.channels = image_size, channels
         self.num_classes, self.self_cond = num_classes, self_cond
-        self.patch, self.half = patch, depth // 2  # half: number of blocks before z
-        self.bottleneck = f"block_{self.half}"
+        self.patch, self.before_z = patch, depth // 2  # before_z: number of blocks up to z
+        self.bottleneck = f"block_{self.before_z}"
 
         self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))  # 256: sinusoid
@@ -231,24 +231,25 @@ class DiT(nn.Module):
             c = c + self.label_embed(y)                                      # (B,) -> (B, D)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions  # (B, C, H, W) -> (B, N, D)
         feats = {}
-        for n, block in enumerate(self.blocks[:self.half], 1):
+        for n, block in enumerate(self.blocks[:self.before_z], 1):
             x = block(x, c)                                                  # (B, N, D)
             feats[f"block_{n}"] = to_map(x)
         return x, c, feats
 
     def decoder(self, x, c, feats=None):
         """Tokens x (B, N, D), conditioning c (B, D) -> prediction (B, C, H, W)."""
-        for n, block in enumerate(self.blocks[self.half:], self.half + 1):
+        for n, block in enumerate(self.blocks[self.before_z:], self.before_z + 1):
             x = block(x, c)                                                  # (B, N, D)
             if feats is not None:
                 feats[f"block_{n}"] = to_map(x)
         return unpatchify(self.final(x, c), self.patch)                      # (B, N, p p C) -> (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
-        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
+        """x_t = x (B, C, H, W), t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
-        t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, D, h, w), in depth order; else, with return_z, also z (B, D).
+        x is a noisy image, as the path makes it; t, int64 or float32, is in 0..1000; y is int64. With
+        return_features also a dict: name -> feature map (B, D, h, w), in depth order; else, with return_z,
+        also z (B, D).
         """
         x, c, feats = self.encoder(x, t, y)
 
@@ -267,7 +268,7 @@ class DiT(nn.Module):
         return eps
 
     def encode(self, x, t, y=None):
-        """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
+        """x, t, y as above -> the aggregated bottleneck z (B, D) in float32; the decoder is not run."""
         *_, feats = self.encoder(x, t, y)
         return self.aggregate(feats)
 

@@ -252,10 +252,11 @@ class UNet(nn.Module):
         return self.end(h)                                                   # (B, d, H, W) -> (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
-        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
+        """x_t = x (B, C, H, W), t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
-        t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, d, H / 2^i, W / 2^i) of its level i, in depth order; else, with return_z, also z (B, D).
+        x is a noisy image, as the path makes it; t, int64 or float32, is in 0..1000; y is int64. With
+        return_features also a dict: name -> feature map (B, d, H / 2^i, W / 2^i) of its level i, in depth
+        order; else, with return_z, also z (B, D).
         """
         h, c, skips, feats = self.encoder(x, t, y)
 
@@ -274,7 +275,7 @@ class UNet(nn.Module):
         return eps
 
     def encode(self, x, t, y=None):
-        """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
+        """x, t, y as above -> the aggregated bottleneck z (B, D) in float32; the decoder is not run."""
         *_, feats = self.encoder(x, t, y)
         return self.aggregate(feats)
 

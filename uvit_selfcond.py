@@ -133,9 +133,9 @@ class UViT(nn.Module):
     def __init__(self, image_size=32, channels=3, num_classes=0, self_cond=True,
                  dim=512, depth=12, heads=8, patch=2):
         super().__init__()
-        if dim % heads or depth % 2:
+        if dim % heads or dim % 2 or depth % 2:
             raise ValueError(f"dim {dim}, heads {heads}, depth {depth} do not fit: use a dim that is a "
-                             "multiple of heads, and an even depth.")
+                             "multiple of heads and of 2, and an even depth.")
         if image_size % patch or image_size < patch:
             raise ValueError(f"image size {image_size} does not fit: "
                              f"patches have {patch} pixels, so use a multiple of {patch}.")
@@ -230,10 +230,11 @@ class UViT(nn.Module):
         return self.conv_out(unpatchify(x, self.patch))                      # (B, C, H, W)
 
     def forward(self, x, t, y=None, return_features=False, return_z=False):
-        """Images x (B, C, H, W), steps t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
+        """x_t = x (B, C, H, W), t (B,), classes y (B,) or None (no class) -> eps, or v, (B, C, H, W).
 
-        t, int64 or float32, is in 0..1000; y is int64. With return_features also a dict: name -> feature map
-        (B, D, h, w), in depth order; else, with return_z, also z (B, D).
+        x is a noisy image, as the path makes it; t, int64 or float32, is in 0..1000; y is int64. With
+        return_features also a dict: name -> feature map (B, D, h, w), in depth order; else, with return_z,
+        also z (B, D).
         """
         x, c, skips, feats = self.encoder(x, t, y)
 
@@ -252,7 +253,7 @@ class UViT(nn.Module):
         return eps
 
     def encode(self, x, t, y=None):
-        """The aggregated bottleneck z (B, D) in float32; the decoder is not run."""
+        """x, t, y as above -> the aggregated bottleneck z (B, D) in float32; the decoder is not run."""
         *_, feats = self.encoder(x, t, y)
         return self.aggregate(feats)
 

@@ -387,6 +387,9 @@ def test_refusals(make, call, value):
     """Unknown names and pairs, steps out of range, guidance without y or null: a ValueError names it."""
     with pytest.raises(ValueError, match=rf"\b{re.escape(value)}\b"):
         GaussianDiffusion(**make).sample(toy, images(1, 1, 4, 4), **call)
+    if "guidance" in call:
+        with pytest.raises(ValueError, match=value):
+            GaussianDiffusion(**make).denoise(toy, images(1, 1, 4, 4), torch.tensor([9]), **call)
 
 
 def test_own_project(tmp_path, monkeypatch):

@@ -358,6 +358,7 @@ def test_times_between(name, classes):
         (dict(image_size=9), r"size 9 .*multiple of 2\b"),
         (dict(image_size=30, patch=4), r"size 30 .*multiple of 4\b"),
         (dict(heads=3), r"heads 3\b.*multiple of heads\b"),
+        (dict(dim=33, heads=3), r"dim 33\b.*of heads and of [24]\b"),
         (dict(depth=1), r"depth 1\b.* (even depth|2 blocks)")]],
     *[(name, dict(image_size=0), r"size 0 .*multiple of 2\b") for name in NETS],
 ])
@@ -391,6 +392,22 @@ def test_images_are_independent(name, classes):
     out = net(*inputs(net))
     for i in range(len(out)):
         assert error(net(*(value[i:i + 1] for value in inputs(net))), out[i:i + 1]) < 1e-5
+
+
+@each_net
+def test_methods_of_modules(name):
+    """No attribute of a network hides a method of nn.Module: half() makes it one of float16."""
+    net = build(name, 5)
+    assert [key for key in vars(net) if callable(getattr(nn.Module, key, None))] == []
+    assert {p.dtype for p in net.half().parameters()} == {torch.float16}
+
+
+@each_net
+def test_projector_is_where_the_network_is(name):
+    """make_projector asks a network of any dtype, on any device, how wide z is."""
+    net = build(name)
+    for there in (net.double(), net.to("meta")):
+        assert diffusion.make_projector(there)[1].in_features == net.proj[1].in_features
 
 
 @each_net

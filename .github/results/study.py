@@ -58,7 +58,7 @@ def unet_out(n):
 
 
 def dit_block(n):
-    return [("self.patch, self.half = patch, depth // 2", f"self.patch, self.half = patch, {n}")]
+    return [("self.patch, self.before_z = patch, depth // 2", f"self.patch, self.before_z = patch, {n}")]
 
 
 UVIT_ONE = """nn.Sequential(nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, dim))
