@@ -420,8 +420,8 @@ def test_claim_runs(study, tmp_path, capfd):
     """)
     out, there = tmp_path / "claim.jsonl", dict(network="dit", variant="baseline", seed=11)
     out.write_text(json.dumps(there) + "\n")
-    flags = f"--data x --transfer y --seeds 10 11 --images 500 --gpus 1 --runs {tmp_path}/runs --out {out}"
-    runs.main([*flags.split(), "--study", str(fake)])
+    flags = f"--data x --transfer y --images 500 --runs {tmp_path}/runs --out {out} --study {fake} --seeds"
+    runs.main([*flags.split(), "10", "11", "--gpus", "1"])
     lines = study.read(out)
     found = {(r["network"], r["variant"], r["seed"]) for r in lines}
     assert len(lines) == len(found) == 2 * 12 - 2 and ("uvit", "mid", 10) not in found
@@ -430,9 +430,12 @@ def test_claim_runs(study, tmp_path, capfd):
     begins = re.findall("begins 0 (\\w+) (.*) (\\d+)\n", capfd.readouterr().out)
     assert begins[:3] == [(name, "baseline", "10") for name in ("unet", "uvit", "dit")]
     assert ("dit", "block_6", "10") in begins[11:]               # after the primary pairs of both seeds
-    runs.main([*flags.split(), "--study", str(fake)])
+    runs.main([*flags.split(), "10", "11", "--gpus", "1"])
     said = capfd.readouterr().out
     assert said.count("begins") == said.count("FAILED 0 uvit mid") == 2
+    runs.main([*flags.split(), "12", "--networks", "dit"])
+    assert {(r["network"], r["seed"]) for r in study.read(out)[len(lines):]} == {("dit", 12)}
+    assert len(study.read(out)) == len(lines) + 4
 
 
 def test_claim_tables(study, tmp_path, monkeypatch):
@@ -447,12 +450,14 @@ def test_claim_tables(study, tmp_path, monkeypatch):
             lines.append(dict(network="dit", variant=variant, seed=seed, test=test, loss=0.1,
                               distance=dict(classifier=distance, imagenet=100)))
     (tmp_path / "claim.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    runs = claim.read_runs("claim.jsonl")
+    runs = claim.read_runs()
+    assert claim.read_runs([str(tmp_path / "claim.jsonl")]) == runs
     levels, differences = "\n".join(claim.level_rows(runs)), "\n".join(claim.difference_rows(runs))
     monkeypatch.setattr(claim, "NETWORKS", claim.NETWORKS[2:])               # alone there
     first = list(claim.first_rows(runs))
     assert "| DiT 14.5 M | z + distillation vs baseline | 1 | -10.0 | +0.0 | - | - |" in first
     assert len(first) == 2 + 2, "there is no run of distillation without z"
+    assert "| DiT 14.5 M | z + distillation vs z | -5.3 | +0.0 | - |" in differences
     assert "| DiT 14.5 M | z | 10, 11 | 7.60, 9.40 | 100.0, 100.0 | 61.0, 64.0 | -, - |" in levels
     cells = "-5.5 [-11.9, +0.9] | +0.0 [+0.0, +0.0] | +1.5 [-4.9, +7.9] |"
     assert f"| DiT 14.5 M | z vs baseline | {cells}" in differences

@@ -24,6 +24,7 @@ import train  # noqa: E402
 
 FIRST = "../../README.md"             # the first page, from here
 TITLES = {"unet": "UNet", "uvit": "U-ViT", "dit": "DiT"}
+PROBE = claim.MEASURES[2]
 WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
 PEERS = {"unet": ("ddae", "DDAE", "fp16"), "uvit": ("uvit", "U-ViT", "fp16"), "dit": ("dit", "DiT", "TF32")}
 
@@ -229,7 +230,7 @@ def rate_rows():
 
 def seed_rows():
     """What the runs on the original CIFAR-10 reached, and how far they differ."""
-    runs = claim.read_runs("claim.jsonl")
+    runs = claim.read_runs()
     yield "claim.md", "\n".join(claim.level_rows(runs)) + "\n"
     yield "claim.md", "\n".join(claim.difference_rows(runs)) + "\n"
     stand = sum(len(seeds) for (_, variant), seeds in runs.items() if "," not in variant)
@@ -260,7 +261,7 @@ def apart(changes):
 
 def shown_rows():
     """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
-    runs = claim.read_runs("claim.jsonl")
+    runs = claim.read_runs()
     pairs, primary, secondary = {}, [], []          # network -> differences, a list a measure; cells
     for _, name, z, weight in claim.NETWORKS:
         forms = claim.forms(z, weight)
@@ -277,6 +278,14 @@ def shown_rows():
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
                        f"{WORDS[decided(secondary)]} exclude 0")
     near, far = pairs["uvit"][:2]
+    closer, closer_too = (WORDS[len(apart(changes)[0])] for changes in (near, far))
+    yield FIRST, f"closer by the classifier in {closer} of six pairs, by EfficientNet in {closer_too}."
+    for name, z, weight, did in (
+        ("dit", "block_6", "0.02", "adds {:.1f} points of the probe to z."),
+        ("unet", "mid", "0.005", "takes {:.1f} points of the probe from z."),
+    ):
+        change = statistics.mean(claim.paired(runs[name, f"{z} distill {weight}"], runs[name, z], PROBE))
+        yield "claim.md", did.format(abs(change))
     closer, away = apart(near)
     yield "claim.md", (f"six, {WORDS[len(closer)]} come closer by the classifier, by {min(closer):.0f} to "
                        f"{max(closer):.0f} %, and {WORDS[len(away)]} move away, by {min(away):.1f} and "
@@ -291,7 +300,7 @@ def shown_rows():
 
 def curve_rows():
     """What z and distillation change in single layers."""
-    runs = claim.read_runs("claim.jsonl")
+    runs = claim.read_runs()
     base, ours = {}, {}                             # network -> {layer: mean probe accuracy in %}
     for _, name, z, weight in claim.NETWORKS:
         found = claim_curves.by_form(runs, name, z, weight)
@@ -313,7 +322,7 @@ def curve_rows():
 
 def claim_rows():
     """What the first page says of these runs: differences, levels of the baselines, minutes."""
-    runs = claim.read_runs("claim.jsonl")
+    runs = claim.read_runs()
     yield FIRST, "\n".join(claim.first_rows(runs)) + "\n"
     levels = []
     for _, place, factor, digits, *_ in claim.FIRST_PAGE:
@@ -330,7 +339,7 @@ def claim_rows():
 
 def mps_rows():
     """What NVIDIA's MPS gains where two UNets share a GPU: seed 11 ran under it, seed 12 did not."""
-    runs = claim.read_runs("claim.jsonl")
+    runs = claim.read_runs()
     said, sums = [], []
     for seed in (11, 12):
         pair = [runs["unet", variant][seed]["images_per_second"]

@@ -1,6 +1,8 @@
 """Layer curves of the runs of claim.md, a picture a network: mean over seeds, with a band of one deviation.
 
-    python .github/results/claim_curves.py                  claim-unet.png, claim-uvit.png, claim-dit.png
+    python .github/results/claim_curves.py [FILE]           claim-unet.png, claim-uvit.png, claim-dit.png
+
+FILE: of claim_runs.py, beside which the pictures go [the published claim.jsonl: .github/assets].
 
 A point is a layer's best held-out probe accuracy over t; in brackets stands the number of seeds.
 """
@@ -58,15 +60,16 @@ def draw(title, bottleneck, found, file):
     picture.save(file)
 
 
-def main():
-    runs = claim.read_runs("claim.jsonl")
+def main(argv=()):
+    runs = claim.read_runs(argv)
+    folder = Path(argv[0]).parent if argv else HERE.parent / "assets"
     for title, name, z, weight in claim.NETWORKS:
         found = by_form(runs, name, z, weight)
         if found:
-            file = HERE.parent / "assets" / f"claim-{name}.png"
+            file = folder / f"claim-{name}.png"
             draw(title, z, found, file)
             print(file)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,9 +1,9 @@
 """The runs behind claim.md: over all GPUs of a host, two at a time on each, a line of --out a run.
 
-    python .github/results/claim_runs.py --data folder:cifar10 --transfer folder:tiny-imagenet --seeds 10 11
+    python .github/results/claim_runs.py --transfer folder:tiny-imagenet --networks dit --seeds 10
 
 Runs that --out holds already are not made again: the same command goes on where it was stopped. What a run
-said lies in --runs.
+says while it is made stands in a file said.txt below --runs.
 """
 import argparse
 import os
@@ -28,14 +28,15 @@ FLAGS = {
 ORDER = ("baseline", "z + distillation"), ("z", "distillation")      # the primary comparison first
 
 
-def jobs(seeds, done):
+def jobs(networks, seeds, done):
     """-> [(network, variant, seed), ...] that are not done, in an order that completes pairs early."""
     every = []
     for titles in ORDER:
         for seed in seeds:
             for title in titles:
                 for _, name, z, weight in claim.NETWORKS:
-                    every.append((name, claim.forms(z, weight)[title], seed))
+                    if name in networks:
+                        every.append((name, claim.forms(z, weight)[title], seed))
     return [job for job in every if job not in done]
 
 
@@ -57,18 +58,20 @@ def run(args, job, gpu):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="the original CIFAR-10, as a folder")
-    parser.add_argument("--transfer", required=True, help="Tiny-ImageNet at 32 pixels")
+    parser.add_argument("--data", default="cifar10", help="as of train.py; there already, not downloaded now")
+    parser.add_argument("--transfer", required=True, help="Tiny-ImageNet at 32 pixels, folder:PATH")
+    parser.add_argument("--networks", nargs="+", choices=list(FLAGS), default=list(FLAGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14, 15])
     parser.add_argument("--images", type=int, default=1_400_000)
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--runs", default="runs/claim")
-    parser.add_argument("--out", default=str(HERE / "claim.jsonl"))
+    parser.add_argument("--out", default="runs/claim.jsonl")
     parser.add_argument("--study", default=str(HERE / "study.py"), help="the script that makes a run")
     args = parser.parse_args(argv)
     there = study.read(args.out) if Path(args.out).exists() else []
     done = {(r["network"], r["variant"], r["seed"]) for r in there}
-    left, lock = jobs(args.seeds, done), Lock()
+    left, lock = jobs(args.networks, args.seeds, done), Lock()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     def work(gpu):
         while True:
@@ -84,6 +87,7 @@ def main(argv=None):
 
     with ThreadPoolExecutor(2 * args.gpus) as pool:
         list(pool.map(work, [*range(args.gpus), *range(args.gpus)]))
+    print("lines:", args.out)
 
 
 if __name__ == "__main__":
