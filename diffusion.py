@@ -44,7 +44,7 @@ class Path:
         self.T = T
 
     def sigma(self, t):
-        """How large the noise is at t (B,), in units of x0: 1 / sqrt(SNR)."""
+        """How large the noise is at t (B,) < T, in units of x0: 1 / sqrt(SNR)."""
         a, s, _, _ = self.coefficients(t)
         return self.scale * s / a
 
@@ -65,7 +65,8 @@ class Path:
 class Table(Path):
     """DDPM: a^2 = abar_t, s^2 = 1 - abar_t (arXiv 2006.11239, eq. 4); t is an int64 in 0..T-1.
 
-    betas (T,) float64, bounded by 0.999 here. The tables are float32, and move to the device of the latest t.
+    It is one less than the paper's: at 0 there is the first beta's noise. betas (T,) float64, bounded by
+    0.999 here. The tables are float32, and move to the device of the latest t.
     """
 
     def __init__(self, betas):
@@ -102,18 +103,19 @@ def linear_betas(T):
 
 
 def cosine_betas(T, s=0.008):
-    """Betas (T,) float64 with which abar falls like cos^2 of t / T (arXiv 2102.09672, eq. 17)."""
+    """Betas (T,) float64 with which abar falls like cos^2 of (t + 1) / T (arXiv 2102.09672, eq. 17)."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
     return 1 - f[1:] / f[:-1]
 
 
 class EDM(Path):
-    """EDM (arXiv 2206.00364): t = T arctan(sigma / sigma_data) / (pi / 2); each x_t has unit variance.
+    """EDM (arXiv 2206.00364): t = T arctan(sigma / sigma_data) / (pi / 2).
 
-    The mean squared error of v is EDM's loss with its preconditioning and weight (table 1), v being -F. Other
-    than there, the network gets t, not ln(sigma) / 4; sampling starts at pure noise, not at sigma = 80; heun
-    has times of its own, and averages x0 and eps where EDM averages dx / dsigma (algorithm 1).
+    x_t has unit variance, if x0 has the deviation sigma_data. The mean squared error of v is EDM's loss with
+    its preconditioning and weight (table 1), v being -F. Other than there, the network gets t, not
+    ln(sigma) / 4; sampling starts at pure noise, not at sigma = 80; heun has times of its own, and averages
+    x0 and eps where EDM averages dx / dsigma (algorithm 1).
     """
 
     def __init__(self, T, sigma_data):
@@ -162,7 +164,7 @@ class GaussianDiffusion:
     T           number of noise levels, or where the scale of t ends
     schedule    "linear", "cosine", "edm" or "flow": the path
     target      "eps" or "v"; edm and flow know v alone [v there, else eps]
-    sigma_data  of edm: the standard deviation of the data; 0.5 for images, 1 for latents
+    sigma_data  of edm: the standard deviation that data is taken to have; 0.5 for images, 1 for latents
     Raises ValueError for another schedule or target.
     """
 
@@ -233,7 +235,7 @@ class GaussianDiffusion:
         return out_null + guidance * (out_y - out_null)
 
     def denoise(self, net, x, t, y=None, null=None, guidance=1.0, clip=True):
-        """x_t = x (B, C, H, W) at t (B,) -> what the network takes for x0 and eps; with clip, t > 0."""
+        """x_t = x (B, C, H, W) at t (B,) -> what the network takes for x0 and eps; clip: with t > 0 alone."""
         x0, eps = self.to_x0_eps(self.predict(net, x, t, y, null, guidance), x, t)
         if clip:
             a, s, _, _ = self.coefficients(t)
@@ -254,13 +256,13 @@ class GaussianDiffusion:
                randn=torch.randn_like, trace=None):
         """Images (B, C, H, W) from noise (B, C, H, W) ~ N(0, 1), float32, with a network in eval mode.
 
-        A step adds (change of a) x0 / scale + (change of s) eps, which the network has predicted. For bf16,
-        call it under torch.autocast.
+        A step adds (change of a) x0 / scale + (change of s) eps, which the network has predicted; ddpm puts
+        fresh noise in the place of a part of eps. For bf16, call it under torch.autocast.
 
         y         classes (B,) or None
         null      the class id that means "no class"; needed for guidance
         steps     1..T [ddim: 50, ddpm: T, heun: 25; at most T]
-        sampler   ddim  Euler's method: x0 and eps stand still in a step (arXiv 2010.02502, eq. 12)
+        sampler   ddim  x0 and eps stand still in a step: Euler's of x / a by s / a (arXiv 2010.02502, eq. 13)
                   heun  their mean over both ends of the step; asks the network twice, in the last step once
                   ddpm  ancestral, with its smaller variance (arXiv 2006.11239, eq. 7); of linear and cosine
         guidance  1: off

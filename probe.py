@@ -36,7 +36,7 @@ from train import (VERSIONS, Data, Parser, UserError, add_source, build, check_s
                    require, resolve, save_file, say, setup, to_x0, try_to, whole_number)
 
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
-LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # t of 0..999: almost clean to hardly recognisable
+LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # of linear almost clean to hardly recognisable
 PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]      # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
 ITERATIONS = 30             # of the solver, for each penalty
 DAMPING = 1e-4              # of the curvature, which can be inverted then
@@ -171,7 +171,7 @@ def flip_and_shift(x, targets, g):
 def pool(h, p, S):
     """Maps h (n, D, h, w) -> (n, D), their means over space; to segment (n m, D), their values at pixels.
 
-    Pixels p (n, m) = row S + column are those of the map upsampled to S x S, as F.interpolate does it.
+    Pixels p (n, m) = row S + column are those of the map upsampled to S x S, bilinearly, as by F.interpolate.
     """
     if p is None:
         return h.mean((2, 3))

@@ -6,8 +6,9 @@
     python sample.py --weights cifar10_uvit_small.pth --model uvit public weights instead of a run
     torchrun --nproc_per_node=2 sample.py runs/dit-small-cifar10 -n 50000 --npz --fid
 
-Image i is drawn with seed --seed + i and is the same for any batch size and any number of GPUs (pixels agree
-within 2 of 255 levels on one kind of device). Everything is written into the run's folder.
+Image i is drawn with seed --seed + i, its class is the next of --classes in turn, and it is the same for any
+batch size and any number of GPUs (pixels agree within 2 of 255 levels on one kind of device). Everything is
+written into the run's folder.
 """
 import importlib.util
 import math

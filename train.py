@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=2 train.py --model dit              CIFAR-10 on two GPUs; the same run as on one
 
 Lengths are in images and the batch size is global: more GPUs are faster, the experiment stays the same. All
-randomness of a step follows from (seed, step): resumed or on more GPUs, a run sees the same images and noise.
+randomness of a step follows from (seed, step), dropout's from the process as well: resumed or on more GPUs, a
+run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
 
 In this order: errors, config, data sets, latents, device and run tools, checkpoint, the loop. To see what
@@ -136,7 +137,7 @@ def flag(default, help, choices=None):
 @dataclass
 class Config:
     model: str = flag("dit", "network", list(MODELS))
-    size: str = flag(None, "one of the network's SIZES [small; unet: base]")
+    size: str = flag(None, "one of the network's SIZES; tiny has defaults of its own [small; unet: base]")
     data: str = flag("cifar10", "cifar10, cifar100, folder:PATH, latents:PATH, shapes, shapes:full")
     image_size: int = flag(None, "side in pixels [32; shapes, --size tiny: 16; with --vae: 256]")
     vae: str = flag(None, "train on latents of --data: a VAE of diffusers, by name or folder [none]")
@@ -1163,8 +1164,8 @@ def mix(*numbers):
     """Whole numbers >= 0 -> one seed of 32 bits, which is all that torch's CPU generator takes.
 
     Who draws from what: (seed) the first weights; (seed, step, 0) which images; (seed, step, 1) t, noise,
-    flips, dropped labels; (seed, step, 0, 1) the teacher's view; (seed, step, 2 + rank) dropout. Zeros at the
-    end do not count.
+    flips, dropped labels; (seed, step, 0, 1) the teacher's view; (seed, step, 2 + rank) dropout. (seed, step)
+    is (seed, step, 0).
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -1172,7 +1173,7 @@ def mix(*numbers):
 def seeded_noise(seeds, shape):
     """-> a function that gives the next noise (n, *shape), each image from a CPU generator of its own seed.
 
-    So image i is the same for any batch size, number of processes and device, as in EDM (arXiv 2206.00364).
+    So image i is the same for any batch size and number of processes, as in EDM's code, and on any device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -1422,7 +1423,7 @@ class Batches:
         """Images and labels of this process as they are stored; each step draws anew, none twice."""
         B = self.cfg.batch_size
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
-        N = len(self.labels)                        # fewer than B: each is there several times
+        N = len(self.labels)                        # fewer than B: some are there more than once
         i = torch.cat([torch.randperm(N, generator=g) for _ in range(0, B, N)])[:B][self.mine]
         j = i
         if self.moments is not None:                # half are the latents of flipped images
@@ -1599,7 +1600,7 @@ def distill_weight(cfg, images):
 
 @torch.no_grad()
 def update_ema(run):
-    """ema <- beta ema + (1 - beta) net; its half-life, in images, ramps up (EDM, arXiv 2206.00364, F.2)."""
+    """ema <- beta ema + (1 - beta) net; its half-life, in images, ramps up (as in EDM's code)."""
     cfg = run.cfg
     beta = 0.5 ** (cfg.batch_size / min(cfg.ema, EMA_RAMP * run.images))
     torch._foreach_lerp_(run.averages, run.weights, 1 - beta)    # one launch for all weights
