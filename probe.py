@@ -38,12 +38,13 @@ from train import (VERSIONS, Data, Parser, UserError, add_source, build, check_s
 SOME_SHAPES = 5_000         # of the 50,000 that shapes can draw: enough here
 LEVELS = [1, 10, 30, 60, 100, 200, 300, 500]    # of linear almost clean to hardly recognisable
 PENALTIES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]      # on |W|^2 / 2; in scikit-learn's terms 1 / (C N)
-ITERATIONS = 30             # of the solver, for each penalty
+ITERATIONS = 30             # of the solver, for each penalty; the smallest end short of the optimum
 DAMPING = 1e-4              # of the curvature, which can be inverted then
 PIXELS = 25_000             # to segment, probes learn from about so many, drawn at random
 NEIGHBOURS = 20             # of --knn, as in DINO (arXiv 2104.14294)
 TEMPERATURE = 0.07          # of their votes, likewise
-ALIKE = ["data", "test_set", "levels", "train_images", "augment", "seed"]    # in runs that are compared
+# what must be the same in runs that are compared
+ALIKE = ["data", "test_set", "levels", "train_images", "augment", "seed", "batch_size"]
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU"}
 VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
        "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
@@ -67,11 +68,12 @@ def parse(argv):
     flag("--images", type=whole_number, help="use so many training images [all; of shapes 5,000]")
     flag("--augment", type=whole_number, default=0, metavar="VIEWS",
          help="learn from so many randomly flipped and shifted views of each image [0]")
-    flag("--knn", action="store_true", help="also k nearest neighbours at the chosen place")
+    flag("--knn", action="store_true", help="also k nearest neighbours at the place chosen in this run")
     flag("--references", action="store_true", help="also an untrained network and the pixels")
     flag("--compare", nargs="+", metavar="RUN", help="draw curves and maps of these probed runs")
     flag("--seed", type=whole_number, default=0, help="of held-out part, noise, views, pixels [0]")
-    flag("--batch-size", type=whole_number, default=500, help="images of a forward pass [500]")
+    flag("--batch-size", type=whole_number, default=500,
+         help="images of a forward pass; another size draws other noise [500]")
     args = parser.parse_args(argv)
     require(bool(args.run or args.weights) != bool(args.compare),
             "give either the folder of a run, or --weights, or --compare and some.")
@@ -381,7 +383,8 @@ def study(source, train, test, K, levels, args):
     """The protocol of this file's first lines -> dict for probe.json."""
     metric = "miou" if args.task == "segment" else "accuracy"
     scores = held_out_scores(source, train, K, levels, args)
-    best = max(scores, key=lambda place: scores[place][metric])     # step 2
+    # step 2; of equals the first: least noise, earliest layer, largest penalty
+    best = max(scores, key=lambda place: scores[place][metric])
     test_score = final_score(source, train, test, K, best, args)
     layers = list(dict.fromkeys(layer for layer, _, _ in scores))   # in depth order
     held_out = [[round(max(scores[layer, t, penalty][metric] for penalty in PENALTIES), 5) for t in levels]
@@ -458,7 +461,7 @@ def summary(result):
     if metric == "miou":
         return line + f" % (pixel accuracy {100 * test['accuracy']:.1f} %) of {n:,} images"
     error = (score * (1 - score) / n) ** 0.5                # of the mean of n answers, right or wrong
-    return line + f" +- {100 * error:.1f} % of {n:,} images"
+    return line + f" +- {100 * error:.1f} % (standard error) of {n:,} images"
 
 
 def table(result):
@@ -658,7 +661,8 @@ def probe_run(args):
     result = dict(run=Path(args.run).resolve().name, data=data, task=args.task, classes=K,
                   bottleneck=net.bottleneck if net.self_cond else None, train_images=len(train.images),
                   test_images=len(test.images), test_set=digest(test.images), trained_on=state["images"],
-                  seed=args.seed, augment=args.augment, device=str(device), versions=VERSIONS)
+                  seed=args.seed, batch_size=args.batch_size, augment=args.augment, device=str(device),
+                  versions=VERSIONS)
     result["sigmas"] = [round(sigma, 5) for sigma in diffusion.path.sigma(torch.tensor(args.t)).tolist()]
     result.update(study(source, train, test, K, args.t, args))
     picture = path.with_suffix(".png")

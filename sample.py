@@ -47,7 +47,7 @@ def parse(argv):
     flag("--classes", nargs="+", metavar="CLASS", help="names or numbers, taken in turn [all]")
     flag("--seed", type=whole_number, default=0, help="of the first image [0]")
     flag("--batch-size", type=whole_number, default=250, help="images at a time [250]")
-    flag("--npz", action="store_true", help="samples.npz as well: arr_0, (N, H, W, C) uint8")
+    flag("--npz", action="store_true", help="samples.npz, too: arr_0, (N, H, W, C) uint8 [with --fid]")
     flag("--fid", action="store_true", help="FID against the training set (torch-fidelity)")
     flag("--fid-weights", metavar="FILE", help="Inception weights for --fid [downloaded]")
     flag("--out", metavar="NAME", help="of the files [samples; denoise; latents]")
@@ -237,12 +237,12 @@ def to_compile(args, device, world):
 
 
 def write(args, run, images, ids, how):
-    """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
+    """samples.png, or as --out says, and with --npz or --fid samples.npz: of images (N, C, H, W) uint8."""
     shown = to_x0(images[:max(100, len(ids or []))], None)                   # 100, or one a class
     columns = min(len(ids), 20) if ids and len(ids) > 1 else math.isqrt(len(shown))
     picture, archive = (run / f"{args.out or 'samples'}.{suffix}" for suffix in ("png", "npz"))
     replaced = ", in place of another" if picture.exists() else ""
-    if args.npz:
+    if args.npz or args.fid:                        # an FID that fails does not take the samples along
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         save_file(archive, lambda file: np.savez(file, pixels), stale=picture)
         say(f"{archive}: arr_0 {pixels.shape} uint8")

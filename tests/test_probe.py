@@ -498,7 +498,7 @@ def made(layers=4, levels=(1, 10, 30), run="made", **changes):
                   levels=list(levels), sigmas=sigmas_of("linear", levels), held_out=values, best=best,
                   bottleneck=f"block_{layers // 2 or 1}",
                   test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, test_set="12ab",
-                  augment=0, seed=0)
+                  augment=0, seed=0, batch_size=500)
     return result | changes
 
 
@@ -519,8 +519,8 @@ def test_other_judges(folders, run_probe, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "20 nearest neighbours there: test 37.5 %" in out
     rows = {line.split(":")[0]: line for line in out.splitlines()}
-    assert "50.0 +- 7.9 % of 40 images; NOT BEATEN" in rows["untrained"]
-    assert rows["pixels"].endswith("test 40.0 +- 7.7 % of 40 images")
+    assert "50.0 +- 7.9 % (standard error) of 40 images; NOT BEATEN" in rows["untrained"]
+    assert rows["pixels"].endswith("test 40.0 +- 7.7 % (standard error) of 40 images")
     (trained, *first), (untrained, *second), (pixels, *third) = studied
     assert [args[3] for args in (first, second, third)] == [[10, 300], [10, 300], [10]]
     assert all(args[0] is first[0] and args[1] is first[1] for args in (second, third))
@@ -699,7 +699,8 @@ def test_compare(tmp_path, capsys):
 OLDER = {name: value for name, value in made().items() if name != "test_set"}
 UNDRAWN = {name: value for name, value in made().items() if name != "layers"}
 IMPOSSIBLE = [made(held_out=[[1.5] * 3] * 4), made(held_out=[[-1] * 3] * 4)]
-UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1)
+UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1,
+              batch_size=64)
 
 
 @pytest.mark.parametrize("content, words", [

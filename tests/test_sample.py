@@ -290,7 +290,7 @@ def test_files(root, capsys, monkeypatch, flags, names):
 def test_grid(tmp_path, n, ids, columns, rows):
     """samples.png: the first samples, 100 or one a class, row by row; of several classes, a column each."""
     images = torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8)
-    sample.write(SimpleNamespace(count=n, npz=False, out=None), tmp_path, images, ids, "so")
+    sample.write(SimpleNamespace(count=n, npz=False, fid=False, out=None), tmp_path, images, ids, "so")
     canvas = torch.from_numpy(np.array(Image.open(tmp_path / "samples.png")))
     assert canvas.shape == (4 + 68 * rows, 4 + 68 * columns, 3)
     tiles = canvas[4:, 4:].reshape(rows, 68, columns, 68, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
@@ -335,7 +335,7 @@ def test_fid_inputs(root, fidelity, monkeypatch, capsys):
     """--fid compares all samples with the run's training set; a loader process can be sent the images."""
     few_shapes(monkeypatch, FEW)
     weights = root / "free/checkpoint.pt"           # any file
-    main(root / "classes", f"--npz -n 3 --steps 1 --fid --fid-weights {weights}")
+    main(root / "classes", f"-n 3 --steps 1 --fid --fid-weights {weights}")         # keeps its samples
     assert f"FID 0.500: 3 samples, {FEW} training images of shapes" in capsys.readouterr().out
     samples = torch.from_numpy(np.load(root / "classes/samples.npz")["arr_0"]).permute(0, 3, 1, 2)
     call = fidelity.call_args.kwargs

@@ -520,7 +520,7 @@ def test_odd_results(tmp_path, capsys, n):
     rng, ended = random.Random(n), []
     result = dict(run="a", data="shapes", metric="accuracy", bottleneck="b", layers=["a", "b"],
                   levels=[1, 10], sigmas=[0.1, 0.2], held_out=[[0.1, 0.2], [0.3, 0.4]], train_images=50,
-                  test_images=20, test_set="12ab", augment=0, seed=0,
+                  test_images=20, test_set="12ab", augment=0, seed=0, batch_size=500,
                   best=dict(layer="b", t=10, accuracy=0.4, miou=0.2), test=dict(accuracy=0.3, miou=0.1))
     for name in "xy":
         (tmp_path / name).mkdir()

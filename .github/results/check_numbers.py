@@ -263,11 +263,14 @@ def shown_rows():
     """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
     runs = claim.read_runs()
     pairs, primary, secondary = {}, [], []          # network -> differences, a list a measure; cells
+    places = []                                     # of the probe in both runs of a pair
     for _, name, z, weight in claim.NETWORKS:
         forms = claim.forms(z, weight)
         ours, theirs = runs[name, forms["z + distillation"]], runs[name, forms["baseline"]]
         pairs[name] = [claim.paired(ours, theirs, measure) for measure in claim.MEASURES]
         cells = claim.differences(ours, theirs, claim.MEASURES)
+        places += [[(run["best"]["layer"], run["best"]["t"]) for run in (ours[seed], theirs[seed])]
+                   for seed in ours]
         primary += cells[:3]
         secondary += cells[3:]
     shown = decided(primary)
@@ -277,6 +280,8 @@ def shown_rows():
     yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}"
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
                        f"{WORDS[decided(secondary)]} exclude 0")
+    moved = sum(one != other for one, other in places)
+    yield "claim.md", f"another layer or t in {moved} of the {len(places)} pairs"
     near, far = pairs["uvit"][:2]
     closer, closer_too = (WORDS[len(apart(changes)[0])] for changes in (near, far))
     yield FIRST, f"closer by the classifier in {closer} of six pairs, by EfficientNet in {closer_too}."
