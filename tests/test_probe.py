@@ -558,8 +558,9 @@ def test_result(folders, run_probe, capsys, run, sigmas):
     result = run_probe(run, "--seed 1 --augment 1")
     names = [f"block_{n}" for n in range(1, 7)]
     expected = dict(run=run, data="shapes", task="classify", layers=names, levels=[10, 300],
-                    bottleneck="block_3", classes=10, trained_on=16, seed=1, augment=1, device="cpu",
-                    metric="accuracy", versions=train.VERSIONS, train_images=TRAIN, test_images=TEST)
+                    bottleneck="block_3", classes=10, trained_on=16, seed=1, augment=1, batch_size=500,
+                    device="cpu", metric="accuracy", versions=train.VERSIONS, train_images=TRAIN,
+                    test_images=TEST)
     assert {key: result[key] for key in expected} == expected and 0 < result["seconds"] < 60
     values, best = np.array(result["held_out"]), result["best"]
     i, j = names.index(best["layer"]), [10, 300].index(best["t"])
