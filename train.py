@@ -702,6 +702,7 @@ def vae_of(meta, device):
     if meta is None:
         return None
     try:
+        require(meta["vae"], "their meta.json names no VAE.")
         return load_vae(meta["vae"], device)
     except UserError as e:
         say(f"latents will not be decoded: {e}")
@@ -737,9 +738,10 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
     """-> the folder of a data set's latents, which is made if it is not there or not of these files.
 
     <split>/latents.npy (2, N, C, h, w) float16: of all images, then of the flipped images, so that flips in
-    training are true ones; <split>/labels.npy (N,) int64; meta.json: vae, image_size, classes, shape
-    [C, h, w], mean and std of each channel over the training part, and a stamp of files and VAE. It is
-    renamed to its name once it is whole. Each process encodes a share. Raises UserError.
+    training are true ones, all as the VAE says them, not times its scaling_factor; <split>/labels.npy (N,)
+    int64; meta.json: vae (null: none is known), image_size, classes, shape [C, h, w], mean and std of each
+    channel over the training part, by which the network sees unit variance, and a stamp of files and VAE. It
+    is renamed to its name once it is whole. Each process encodes a share. Raises UserError.
     """
     stamp = in_every_process(lambda: stamp_of_latents(spec, size, name))
     out, whole = from_first(lambda: find_latents(spec, size, name, stamp))
@@ -770,8 +772,8 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
         mean = total / number
         std = (squares / number - mean ** 2).sqrt()
         require((std > 0).all(), f"{name} makes latents that are constant: use another.")
-        meta = dict(vae=str(Path(name).resolve()) if Path(name).is_dir() else name, image_size=size,
-                    classes=classes, shape=shape, mean=mean.tolist(), std=std.tolist(), stamp=stamp)
+        meta = dict(vae=whole_name(name), image_size=size, classes=classes, shape=shape, mean=mean.tolist(),
+                    std=std.tolist(), stamp=stamp)
         from_first(lambda: put_in_place(part, out, meta))
     finally:
         if is_first():
@@ -817,6 +819,11 @@ def stamp_of_latents(spec, size, name):
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
+def whole_name(vae):
+    """The name of a VAE on the hub, or the whole path of its folder: what meta.json says."""
+    return str(Path(vae).resolve()) if Path(vae).is_dir() else vae
+
+
 def find_latents(spec, size, name, stamp):
     """-> folder for the latents, whether they are there already: beside the data, else under data/."""
     root = folder_of(spec) if spec.startswith("folder:") else Path("data", spec.replace(":", "-"))
@@ -833,6 +840,11 @@ def find_latents(spec, size, name, stamp):
             continue
         require(not place.exists() or (place / "meta.json").exists(),
                 f"{place} is in the way of the latents and holds none: move it.")
+        other = None
+        with suppress(Exception):                   # not there, or damaged: then it makes way
+            other = json.loads((place / "meta.json").read_text())["vae"]
+        require(other in (None, whole_name(name)),
+                f"{place} holds latents of another VAE, {other}: move it, or rename the VAE's folder.")
         return place, False
     raise UserError(f"neither {beside.parent} nor data can be written: make one of them writable.")
 
@@ -916,7 +928,7 @@ def check_meta(meta):
     require(h == w, "its latents are not square")
     require(moments.shape == (2, C), "mean and std do not fit the shape")
     require(np.isfinite(moments).all() and moments[1].min() > 0, "mean or std cannot be")
-    require(type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
+    require(meta["vae"] is None or type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
     require(type(meta["classes"]) is list, "classes are no list")
     require(all(type(name) is str for name in meta["classes"]), "a class is no name")
 
@@ -935,7 +947,7 @@ def load_latents(root, split):
         require(0 <= labels.min() and labels.max() < len(meta["classes"]), "a label has no class")
     except Exception as e:                          # a file that is damaged raises many kinds
         raise UserError(f"{root} has no whole latents for {split} ({type(e).__name__}: {e}): make them anew "
-                        "with --vae.")
+                        "with --vae, or as encode in train.py describes them.")
     with warnings.catch_warnings():                 # torch says that it could not write there; it does not
         warnings.simplefilter("ignore")
         both = torch.from_numpy(both)
@@ -1698,7 +1710,7 @@ def finite_sums(run, path):
     for what, value in {"loss": sums, "gradient's norm": run.meter.norm}.items():
         require(value.isfinite().all(),
                 f"the {what} is not finite between {run.meter.images} and {run.images} images (what {path} "
-                "holds, if it is there, is from before): lower --lr.")
+                "holds, if it is there, is from before): lower --lr, or mend data that is not finite.")
     return sums
 
 
@@ -1913,7 +1925,7 @@ def train(cfg):
     path = out / "checkpoint.pt"
     device, rank, world = setup(cfg.device)
 
-    # whatever can be wrong is found before anything is written
+    # whatever can be wrong is found before the run writes anything
     state = None
     if cfg.resume:
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)

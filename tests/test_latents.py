@@ -194,6 +194,18 @@ def test_place(mine, vae, tmp_path, monkeypatch):
     assert names(flat) == ["meta.json", "train"] and both_of(flat).shape[1] == N // 2
 
 
+def test_other_vae(mine, vae, tmp_path):
+    """Latents of a VAE whose folder has the same name stay: there may be hours in them."""
+    other = Path(shutil.copytree(vae, tmp_path / "other" / vae.name))
+    out = encode(mine, other)
+    before = both_of(out)
+    with pytest.raises(train.UserError, match=f"{out} .*another VAE, {other}: move it"):
+        encode(mine, vae)
+    assert np.array_equal(both_of(out), before)
+    (out / "meta.json").write_text("damaged")
+    assert encode(mine, vae) == out
+
+
 def test_used_again(mine, vae, tmp_path, monkeypatch):
     """While files, VAE and size are the same nothing is encoded again; else it is, anew or apart."""
     splits, encode_split = [], train.encode_split
@@ -433,6 +445,35 @@ def test_without_vae(trained, latents, tmp_path, monkeypatch, capsys):
     assert z.shape == (3, 4, SIDE, SIDE) and z.dtype == np.float32
     with refused(capsys, "--denoise", "VAE"):
         sample.main([str(run), "--denoise", "--device", "cpu"])
+
+
+def test_no_vae_is_known(latents, tmp_path, capsys):
+    """Latents from elsewhere may name no VAE: none is looked for, samples are latents."""
+    folder = Path(shutil.copytree(latents, tmp_path / "latents"))
+    change(vae=None)(folder)
+    train.main([*NET.split(), "--data", f"latents:{folder}", "--out", str(tmp_path / "run")])
+    sample.main([str(tmp_path / "run"), *"-n 3 --steps 2 --device cpu".split()])
+    said = capsys.readouterr().out
+    assert said.count("names no VAE") == 2 and (tmp_path / "run/latents.npz").exists()
+
+
+def test_latents_that_are_not_finite(latents, tmp_path, capsys):
+    """They are refused by a probe, and named where training ends by them."""
+    folder, out = Path(shutil.copytree(latents, tmp_path / "latents")), tmp_path / "run"
+    learn = [*NET.split(), "--data", f"latents:{folder}", "--conditional", "--out"]
+    train.main([*learn, str(out)])
+    for split in ("train", "test"):
+        both = both_of(folder, split)
+        both[:, 3, 0, 0] = np.inf
+        np.save(folder / split / "latents.npy", both)
+        with refused(capsys, "latents that are not finite"):
+            probe.main([str(out), *"--t 1 --device cpu".split()])
+        np.save(folder / split / "latents.npy", both_of(latents, split))
+    both = both_of(folder)
+    both[:] = np.nan
+    np.save(folder / "train/latents.npy", both)
+    with refused(capsys, "not finite", "mend data"):
+        train.main([*learn, str(tmp_path / "other")])
 
 
 def test_probe(trained, monkeypatch):
