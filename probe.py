@@ -199,7 +199,8 @@ def extract(source, part, levels, args, layers=None, view=0, pixels=None, traini
     for start in progress(starts, "features" if training else "scoring", unit="batch", leave=False):
         g = torch.Generator(device).manual_seed(mix(args.seed, 1, view, start, int(training)))
         x0 = to_x0(part.images[start:start + size].to(device), source.moments)
-        require(x0.isfinite().all(), "there are latents that are not finite: make them anew.")
+        if source.moments is not None:
+            require(x0.isfinite().all(), "there are latents that are not finite: make them anew.")
         targets = part.targets[start:start + size].to(device).long()
         if view:
             x0, targets = flip_and_shift(x0, targets, g)

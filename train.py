@@ -807,10 +807,10 @@ def lock(folder):
 
 def stamp_of_latents(spec, size, name):
     """What changes when the images or the VAE do."""
-    parts = [spec, size, name]
+    parts = [spec, size, whole_name(name)]
     if Path(name).is_dir():
         vae = Path(name).resolve()
-        parts = [spec, size, str(vae), stamp_of(vae, sorted(p for p in vae.iterdir() if p.is_file()))]
+        parts.append(stamp_of(vae, sorted(p for p in vae.iterdir() if p.is_file())))
     if spec.startswith("folder:"):
         root = parts[0] = folder_of(spec)
         for split in ("train", "test"):
@@ -824,15 +824,21 @@ def whole_name(vae):
     return str(Path(vae).resolve()) if Path(vae).is_dir() else vae
 
 
+def meta_in(folder):
+    """What meta.json of a folder says, {} where it is not there or not whole."""
+    with suppress(Exception):                       # a file that is damaged raises many kinds
+        return dict(json.loads((folder / "meta.json").read_text()))
+    return {}
+
+
 def find_latents(spec, size, name, stamp):
     """-> folder for the latents, whether they are there already: beside the data, else under data/."""
     root = folder_of(spec) if spec.startswith("folder:") else Path("data", spec.replace(":", "-"))
     beside = root.with_name(f"{root.name}-{size}px-{re.sub('[^A-Za-z0-9]+', '-', Path(name).name)}")
     places = [beside, Path("data", beside.name)]                 # of data without a folder, the same
     for place in places:
-        with suppress(Exception):                   # not there, or not whole
-            if json.loads((place / "meta.json").read_text())["stamp"] == stamp:
-                return place, True
+        if meta_in(place).get("stamp") == stamp:
+            return place, True
     for place in places:
         try:
             check_writable(place.parent)
@@ -840,9 +846,7 @@ def find_latents(spec, size, name, stamp):
             continue
         require(not place.exists() or (place / "meta.json").exists(),
                 f"{place} is in the way of the latents and holds none: move it.")
-        other = None
-        with suppress(Exception):                   # not there, or damaged: then it makes way
-            other = json.loads((place / "meta.json").read_text())["vae"]
+        other = meta_in(place).get("vae")
         require(other in (None, whole_name(name)),
                 f"{place} holds latents of another VAE, {other}: move it, or rename the VAE's folder.")
         return place, False

@@ -226,6 +226,8 @@ def test_used_again(mine, vae, tmp_path, monkeypatch):
     assert anew(size=32) == ("photos-32px-small-kl", True) and anew() == (first, False)
     os.utime(other / "config.json", (1, 1))
     assert anew(other) == (f"photos-{SIZE}px-other", True)
+    monkeypatch.chdir(tmp_path)                     # the same folder by a shorter name
+    assert anew("other") == (f"photos-{SIZE}px-other", False)
 
 
 def test_broken_images(latents, mine, vae, tmp_path, capsys):
