@@ -66,7 +66,9 @@ def parse(argv):
             f"--out {args.out} is not the name of a file: leave out folders, shorten it.")
     require(not args.denoise or not (args.npz or args.fid),
             "--denoise draws a picture of 4 images alone: leave out --npz and --fid.")
-    if args.fid:                                    # found out now, not after hours of sampling
+    if args.fid:
+        args.npz = True                             # an FID that fails does not take the samples along
+        # found out now, not after hours of sampling
         require(importlib.util.find_spec("torch_fidelity"),
                 "--fid needs torch-fidelity, which is not installed: pip install torch-fidelity==0.4.0")
         require(args.fid_weights is None or Path(args.fid_weights).is_file(),
@@ -237,12 +239,12 @@ def to_compile(args, device, world):
 
 
 def write(args, run, images, ids, how):
-    """samples.png, or as --out says, and with --npz or --fid samples.npz: of images (N, C, H, W) uint8."""
+    """samples.png, or as --out says, and with --npz samples.npz in the run's folder; uint8 (N, C, H, W)."""
     shown = to_x0(images[:max(100, len(ids or []))], None)                   # 100, or one a class
     columns = min(len(ids), 20) if ids and len(ids) > 1 else math.isqrt(len(shown))
     picture, archive = (run / f"{args.out or 'samples'}.{suffix}" for suffix in ("png", "npz"))
     replaced = ", in place of another" if picture.exists() else ""
-    if args.npz or args.fid:                        # an FID that fails does not take the samples along
+    if args.npz:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         save_file(archive, lambda file: np.savez(file, pixels), stale=picture)
         say(f"{archive}: arr_0 {pixels.shape} uint8")

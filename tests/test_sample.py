@@ -290,7 +290,7 @@ def test_files(root, capsys, monkeypatch, flags, names):
 def test_grid(tmp_path, n, ids, columns, rows):
     """samples.png: the first samples, 100 or one a class, row by row; of several classes, a column each."""
     images = torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8)
-    sample.write(SimpleNamespace(count=n, npz=False, fid=False, out=None), tmp_path, images, ids, "so")
+    sample.write(SimpleNamespace(count=n, npz=False, out=None), tmp_path, images, ids, "so")
     canvas = torch.from_numpy(np.array(Image.open(tmp_path / "samples.png")))
     assert canvas.shape == (4 + 68 * rows, 4 + 68 * columns, 3)
     tiles = canvas[4:, 4:].reshape(rows, 68, columns, 68, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
