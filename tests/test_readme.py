@@ -451,7 +451,7 @@ def test_claim_tables(study, tmp_path, monkeypatch):
                               distance=dict(classifier=distance, imagenet=100)))
     (tmp_path / "claim.jsonl").write_text("\n".join(map(json.dumps, lines)))
     runs = claim.read_runs()
-    assert claim.read_runs([str(tmp_path / "claim.jsonl")]) == runs
+    assert claim.read_runs(str(tmp_path / "claim.jsonl")) == runs
     levels, differences = "\n".join(claim.level_rows(runs)), "\n".join(claim.difference_rows(runs))
     monkeypatch.setattr(claim, "NETWORKS", claim.NETWORKS[2:])               # alone there
     first = list(claim.first_rows(runs))
@@ -478,6 +478,10 @@ def test_claim_curves(study, tmp_path):
             colours = {colour: n for n, colour in image.getcolors(10**6)}
         seen.append(colours[0x1f, 0x77, 0xb4] > 500 and colours.get((210, 228, 240), 0) > 500)
     assert seen == [True, False]
+    line = dict(network="dit", variant="block_6", seed=10) | runs[0]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    curves.main([str(tmp_path / "mine.jsonl")])
+    assert (tmp_path / "claim-dit.png").exists() and not (tmp_path / "claim-unet.png").exists()
 
 
 def test_bench(monkeypatch, capsys):

@@ -95,6 +95,12 @@ def slower(speed, plain, digits):
     return f"{speed:,.0f} instead of {plain:,.0f} images/s: {share}", share
 
 
+def distill_cost(runs, command, weight, end):
+    """What slower says of the distillation, beside the mean of the same command without it."""
+    plain = statistics.mean(run["speed"] for run in runs[command + end])
+    return slower(runs[f"{command} --distill {weight}{end}"][0]["speed"], plain, 0)
+
+
 def cost_rows():
     """What z costs of a step, and the distillation."""
     runs = bench_runs()
@@ -119,20 +125,15 @@ def cost_rows():
     plain = f"{runs[f'{dit} --no-self-cond{day}'][0]['speed']:,.0f}"
     first, second = (run["speed"] for run in runs[dit + day])
     yield "speed.md", f"on another day {first:,.0f} and {second:,.0f} instead of {plain}"
-    said, cost = slower(runs[f"{dit} --distill 0.02{day}"][0]["speed"], (first + second) / 2, 0)
+    said, cost = distill_cost(runs, dit, 0.02, day)
     yield "speed.md", said
     yield FIRST, f"| {z} | {cost} |"
-    third, size = "one H200, third day)", "small with dim 256, depth 12, heads 4; "
-    costs = []
-    for command, end in (
-        (uvit, f"   ({third}"),
-        ("python bench.py --model uvit --batch-size 128", f"   ({size}{third}"),
-    ):
-        plain = statistics.mean(run["speed"] for run in runs[command + end])
-        said, cost = slower(runs[f"{command} --distill 0.005{end}"][0]["speed"], plain, 0)
-        yield "speed.md", said
-        costs.append(cost)
-    yield FIRST, f"| {uvit_z} | {costs[0]} |"
+    said, cost = distill_cost(runs, uvit, 0.005, "   (one H200, third day)")
+    yield "speed.md", said
+    yield FIRST, f"| {uvit_z} | {cost} |"
+    small = "   (small with dim 256, depth 12, heads 4; one H200, third day)"
+    said, _ = distill_cost(runs, "python bench.py --model uvit --batch-size 128", 0.005, small)
+    yield "speed.md", said
     flags, size = "--model dit --batch-size 128", "(small with dim 256, heads 4)"
     plain = runs[f"python bench.py {flags}   {size}"][0]["ms"]
     distilled = runs[f"python bench.py {flags} --distill 0.02   {size}"][0]["ms"]
@@ -259,18 +260,23 @@ def apart(changes):
     return [-change for change in changes if change < 0], [change for change in changes if change > 0]
 
 
+def place_of(run):
+    """Where the probe of a run was."""
+    return run["best"]["layer"], run["best"]["t"]
+
+
 def shown_rows():
     """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
     runs = claim.read_runs()
     pairs, primary, secondary = {}, [], []          # network -> differences, a list a measure; cells
-    places = []                                     # of the probe in both runs of a pair
+    moved, added = 0, {}                            # pairs probed at two places; what distillation adds to z
     for _, name, z, weight in claim.NETWORKS:
         forms = claim.forms(z, weight)
         ours, theirs = runs[name, forms["z + distillation"]], runs[name, forms["baseline"]]
         pairs[name] = [claim.paired(ours, theirs, measure) for measure in claim.MEASURES]
         cells = claim.differences(ours, theirs, claim.MEASURES)
-        places += [[(run["best"]["layer"], run["best"]["t"]) for run in (ours[seed], theirs[seed])]
-                   for seed in ours]
+        moved += sum(place_of(ours[seed]) != place_of(theirs[seed]) for seed in ours)
+        added[name] = statistics.mean(claim.paired(ours, runs[name, z], PROBE))
         primary += cells[:3]
         secondary += cells[3:]
     shown = decided(primary)
@@ -280,22 +286,18 @@ def shown_rows():
     yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}"
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
                        f"{WORDS[decided(secondary)]} exclude 0")
-    moved = sum(one != other for one, other in places)
-    yield "claim.md", f"another layer or t in {moved} of the {len(places)} pairs"
-    near, far = pairs["uvit"][:2]
-    closer, closer_too = (WORDS[len(apart(changes)[0])] for changes in (near, far))
-    yield FIRST, f"closer by the classifier in {closer} of six pairs, by EfficientNet in {closer_too}."
-    for name, z, weight, did in (
-        ("dit", "block_6", "0.02", "adds {:.1f} points of the probe to z."),
-        ("unet", "mid", "0.005", "takes {:.1f} points of the probe from z."),
-    ):
-        change = statistics.mean(claim.paired(runs[name, f"{z} distill {weight}"], runs[name, z], PROBE))
-        yield "claim.md", did.format(abs(change))
-    closer, away = apart(near)
+    every = sum(len(found[0]) for found in pairs.values())
+    yield "claim.md", f"another layer or t in {moved} of the {every} pairs"
+    yield "claim.md", f"adds {added['dit']:.1f} points of the probe to z."
+    yield "claim.md", f"takes {-added['unet']:.1f} points of the probe from z."
+    near, far = (apart(changes) for changes in pairs["uvit"][:2])
+    most, few = (WORDS[len(closer)] for closer, _ in (near, far))
+    yield FIRST, f"closer by the classifier in {most} of six pairs, by EfficientNet in {few}."
+    closer, away = near
     yield "claim.md", (f"six, {WORDS[len(closer)]} come closer by the classifier, by {min(closer):.0f} to "
                        f"{max(closer):.0f} %, and {WORDS[len(away)]} move away, by {min(away):.1f} and "
                        f"{max(away):.1f} %")
-    closer, away = apart(far)
+    closer, away = far
     yield "claim.md", (f"by EfficientNet {WORDS[len(closer)]} comes closer, by {max(closer):.0f} %, and "
                        f"{WORDS[len(away)]} move away, by {min(away):.0f} to {max(away):.0f} %.")
     farther = WORDS[sum(min(both) > 0 for both in zip(*pairs["unet"][:2]))]

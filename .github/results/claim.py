@@ -1,13 +1,13 @@
 """What z, alone and with distillation, changes in runs of one seed: tables of the first page and of claim.md.
 
-    python .github/results/claim.py [FILE]          FILE: of claim_runs.py [the published claim.jsonl]
+    python .github/results/claim.py [FILE]
 
 A cell: mean difference to the run of the same seed [paired 95 % t-interval], bold where that excludes 0.
 """
+import argparse
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -52,11 +52,18 @@ def cell(values, digits):
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def read_runs(argv=()):
-    """Lines of the file of a command line, else of claim.jsonl -> {(network, variant): {seed: run}}."""
-    file = Path(argv[0]) if argv else HERE / "claim.jsonl"
+def parse(doc, argv=None):
+    """The flags of a script -> its file, None where it is not given."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("file", nargs="?", help="lines of claim_runs.py [the published claim.jsonl]")
+    return parser.parse_args(argv).file
+
+
+def read_runs(file=None):
+    """Lines of a file [the published ones] -> {(network, variant): {seed: run}}."""
+    path = Path(file) if file else HERE / "claim.jsonl"
     runs = {}
-    for line in file.read_text().splitlines():
+    for line in path.read_text().splitlines():
         run = json.loads(line)
         runs.setdefault((run["network"], run["variant"]), {})[run["seed"]] = run
     return runs
@@ -144,7 +151,7 @@ def difference_rows(runs):
 
 
 if __name__ == "__main__":
-    runs = read_runs(sys.argv[1:])
+    runs = read_runs(parse(__doc__))
     print("\n".join(first_rows(runs)))
     print("\n".join(level_rows(runs)))
     print("\n".join(difference_rows(runs)))

@@ -2,7 +2,7 @@
 
     python .github/results/claim_curves.py [FILE]           claim-unet.png, claim-uvit.png, claim-dit.png
 
-FILE: of claim_runs.py, beside which the pictures go [the published claim.jsonl: .github/assets].
+They go beside FILE; those of the published lines into .github/assets.
 
 A point is a layer's best held-out probe accuracy over t; in brackets stands the number of seeds.
 """
@@ -60,16 +60,17 @@ def draw(title, bottleneck, found, file):
     picture.save(file)
 
 
-def main(argv=()):
-    runs = claim.read_runs(argv)
-    folder = Path(argv[0]).parent if argv else HERE.parent / "assets"
+def main(argv=None):
+    file = claim.parse(__doc__, argv)
+    runs = claim.read_runs(file)
+    folder = Path(file).parent if file else HERE.parent / "assets"
     for title, name, z, weight in claim.NETWORKS:
         found = by_form(runs, name, z, weight)
         if found:
-            file = folder / f"claim-{name}.png"
-            draw(title, z, found, file)
-            print(file)
+            picture = folder / f"claim-{name}.png"
+            draw(title, z, found, picture)
+            print(picture)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

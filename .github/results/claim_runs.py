@@ -35,9 +35,8 @@ def jobs(networks, seeds, done):
         for seed in seeds:
             for title in titles:
                 for _, name, z, weight in claim.NETWORKS:
-                    if name in networks:
-                        every.append((name, claim.forms(z, weight)[title], seed))
-    return [job for job in every if job not in done]
+                    every.append((name, claim.forms(z, weight)[title], seed))
+    return [job for job in every if job[0] in networks and job not in done]
 
 
 def run(args, job, gpu):
