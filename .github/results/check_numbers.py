@@ -24,7 +24,7 @@ import train  # noqa: E402
 
 FIRST = "../../README.md"             # the first page, from here
 TITLES = {"unet": "UNet", "uvit": "U-ViT", "dit": "DiT"}
-PROBE = claim.MEASURES[2]
+PRIMARY = claim.MEASURES[:3]
 WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
 PEERS = {"unet": ("ddae", "DDAE", "fp16"), "uvit": ("uvit", "U-ViT", "fp16"), "dit": ("dit", "DiT", "TF32")}
 
@@ -255,6 +255,14 @@ def chance(values):
     return 1 - 2 / math.pi * (a + math.sin(a) * math.cos(a) * (1 + 2 / 3 * math.cos(a) ** 2))
 
 
+def by_holm(chances):
+    """How many of these p are below what Holm's correction asks of them at 5 %."""
+    for k, p in enumerate(sorted(chances)):
+        if p >= 0.05 / (len(chances) - k):
+            return k
+    return len(chances)
+
+
 def apart(changes):
     """Changes of distances -> by how much samples came closer, by how much others moved away."""
     return [-change for change in changes if change < 0], [change for change in changes if change > 0]
@@ -269,27 +277,23 @@ def shown_rows():
     """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
     runs = claim.read_runs()
     pairs, primary, secondary = {}, [], []          # network -> differences, a list a measure; cells
-    moved, added = 0, {}                            # pairs probed at two places; what distillation adds to z
+    moved = 0                                       # pairs probed at two places
     for _, name, z, weight in claim.NETWORKS:
         forms = claim.forms(z, weight)
         ours, theirs = runs[name, forms["z + distillation"]], runs[name, forms["baseline"]]
         pairs[name] = [claim.paired(ours, theirs, measure) for measure in claim.MEASURES]
         cells = claim.differences(ours, theirs, claim.MEASURES)
         moved += sum(place_of(ours[seed]) != place_of(theirs[seed]) for seed in ours)
-        added[name] = statistics.mean(claim.paired(ours, runs[name, z], PROBE))
-        primary += cells[:3]
-        secondary += cells[3:]
+        primary += cells[:len(PRIMARY)]
+        secondary += cells[len(PRIMARY):]
     shown = decided(primary)
-    chances = sorted(chance(values) for found in pairs.values() for values in found[:3])
-    holm = all(p < 0.05 / (len(chances) - k) for k, p in enumerate(chances[:shown]))
-    also = ", and still do by Holm's correction." if holm else "."
+    chances = [chance(values) for found in pairs.values() for values in found[:len(PRIMARY)]]
+    also = ", and still do by Holm's correction." if by_holm(chances) == shown else "."
     yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}"
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
                        f"{WORDS[decided(secondary)]} exclude 0")
     every = sum(len(found[0]) for found in pairs.values())
     yield "claim.md", f"another layer or t in {moved} of the {every} pairs"
-    yield "claim.md", f"adds {added['dit']:.1f} points of the probe to z."
-    yield "claim.md", f"takes {-added['unet']:.1f} points of the probe from z."
     near, far = (apart(changes) for changes in pairs["uvit"][:2])
     most, few = (WORDS[len(closer)] for closer, _ in (near, far))
     yield FIRST, f"closer by the classifier in {most} of six pairs, by EfficientNet in {few}."
@@ -303,6 +307,27 @@ def shown_rows():
     farther = WORDS[sum(min(both) > 0 for both in zip(*pairs["unet"][:2]))]
     yield "claim.md", f"The UNet's {farther} all move away by both judges."
     yield FIRST, f"samples farther off in each of {farther} pairs"
+
+
+def alone_rows():
+    """How many intervals of z alone exclude 0; what the distillation adds to it."""
+    runs = claim.read_runs()
+    cells, chances, added = [], [], {}
+    for _, name, z, weight in claim.NETWORKS:
+        alone, both = runs[name, z], runs[name, claim.forms(z, weight)["z + distillation"]]
+        cells += claim.differences(alone, runs[name, "baseline"], PRIMARY)
+        chances += [chance(claim.paired(alone, runs[name, "baseline"], measure)) for measure in PRIMARY]
+        added[name] = [statistics.mean(claim.paired(both, alone, measure)) for measure in PRIMARY]
+    every, shown, stand = WORDS[len(cells)], WORDS[decided(cells)], WORDS[by_holm(chances)]
+    yield "claim.md", (f"Of z's {every} intervals of distances and probe {shown} exclude 0, "
+                       f"{stand} by Holm's correction")
+    yield FIRST, (f"of the {every} of z alone, in distances and probe, {shown} do, "
+                  f"{stand} of them by Holm's correction.")
+    _, far, probe = added["dit"]
+    yield "claim.md", f"adds {probe:.1f} points of the probe to z"
+    yield "claim.md", f"samples are {far:.1f} % farther off by EfficientNet. - U-ViT"
+    yield "claim.md", f"samples are {added['uvit'][1]:.1f} % farther off by EfficientNet. - UNet"
+    yield "claim.md", f"takes {-added['unet'][2]:.1f} points of the probe from z."
 
 
 def curve_rows():
@@ -396,13 +421,13 @@ def latent_rows():
 
 def on_one_line(text):
     """So that it does not matter where a page breaks its lines; rows of tables end where they end."""
-    return re.sub(r"(?<!\|)\n", " ", text)
+    return re.sub(r"(?<!\|)\n *", " ", text)
 
 
 def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows, demo_rows, path_rows, form_rows,
-                 rate_rows, seed_rows, shown_rows, curve_rows, mps_rows, latent_rows):
+                 rate_rows, seed_rows, shown_rows, alone_rows, curve_rows, mps_rows, latent_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):
