@@ -456,7 +456,8 @@ def test_claim_tables(study, tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "NETWORKS", claim.NETWORKS[2:])               # alone there
     first = list(claim.first_rows(runs))
     assert "| DiT 14.5 M | z + distillation vs baseline | 1 | -10.0 | +0.0 | - | - |" in first
-    assert len(first) == 2 + 2, "there is no run of distillation without z"
+    assert "| DiT 14.5 M | z + distillation vs z | 1 | -5.3 | +0.0 | - | - |" in first
+    assert len(first) == 2 + 3, "of distillation without z claim.md says more"
     assert "| DiT 14.5 M | z + distillation vs z | -5.3 | +0.0 | - |" in differences
     assert "| DiT 14.5 M | z | 10, 11 | 7.60, 9.40 | 100.0, 100.0 | 61.0, 64.0 | -, - |" in levels
     cells = "-5.5 [-11.9, +0.9] | +0.0 [+0.0, +0.0] | +1.5 [-4.9, +7.9] |"

@@ -322,7 +322,7 @@ def alone_rows():
     yield "claim.md", (f"Of z's {every} intervals of distances and probe {shown} exclude 0, "
                        f"{stand} by Holm's correction")
     yield FIRST, (f"of the {every} of z alone, in distances and probe, {shown} do, "
-                  f"{stand} of them by Holm's correction.")
+                  f"{stand} of them by Holm's correction")
     _, far, probe = added["dit"]
     yield "claim.md", f"adds {probe:.1f} points of the probe to z"
     yield "claim.md", f"samples are {far:.1f} % farther off by EfficientNet. - U-ViT"
