@@ -403,7 +403,7 @@ def test_study_distance(study, monkeypatch, capsys):
     assert capsys.readouterr().out.count("going on without distances") == 1
 
 
-def test_claim_runs(study, tmp_path, capfd):
+def test_claim_runs(study, tmp_path, capfd, monkeypatch):
     """Every form of each network and seed, two runs at a time; what is there stays, what failed is said."""
     runs = importlib.import_module("claim_runs")
     fake = tmp_path / "fake.py"
@@ -420,7 +420,11 @@ def test_claim_runs(study, tmp_path, capfd):
     """)
     out, there = tmp_path / "claim.jsonl", dict(network="dit", variant="baseline", seed=11)
     out.write_text(json.dumps(there) + "\n")
-    flags = f"--data x --transfer y --images 500 --runs {tmp_path}/runs --out {out} --study {fake} --seeds"
+    flags = f"--data x --transfer y --images 500 --runs {tmp_path}/runs --out {out} --seeds"
+    monkeypatch.setattr(runs, "STUDY", fake)
+    stopped = tmp_path / "runs/dit-baseline-10/line.jsonl"
+    stopped.parent.mkdir(parents=True)
+    stopped.write_text("of a call that was stopped before this was in --out\n")
     runs.main([*flags.split(), "10", "11", "--gpus", "1"])
     lines = study.read(out)
     found = {(r["network"], r["variant"], r["seed"]) for r in lines}
@@ -450,6 +454,7 @@ def test_claim_tables(study, tmp_path, monkeypatch):
             lines.append(dict(network="dit", variant=variant, seed=seed, test=test, loss=0.1,
                               distance=dict(classifier=distance, imagenet=100)))
     (tmp_path / "claim.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert all(claim.cell(range(n), 1) for n in range(1, 11)), "up to ten pairs have an interval"
     runs = claim.read_runs()
     assert claim.read_runs(str(tmp_path / "claim.jsonl")) == runs
     levels, differences = "\n".join(claim.level_rows(runs)), "\n".join(claim.difference_rows(runs))

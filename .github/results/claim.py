@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 
 HERE = Path(__file__).parent
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}   # 97.5 % quantile of t, by degrees of freedom
+# 97.5 % quantile of t, by degrees of freedom: up to ten pairs
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 NETWORKS = [                                     # title, name, its z, weight of its distillation
     ("UNet 36 M", "unet", "mid", "0.005"),
     ("U-ViT 11 M", "uvit", "mid", "0.005"),

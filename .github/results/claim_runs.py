@@ -2,11 +2,12 @@
 
     python .github/results/claim_runs.py --transfer folder:tiny-imagenet --networks dit --seeds 10
 
-Runs that --out holds already are not made again: the same command goes on where it was stopped. What a run
-says while it is made stands in a file said.txt below --runs.
+Runs that --out holds already are not made again: the same command goes on where it was stopped, and begins
+anew what it had not ended. What a run says while it is made stands in a file said.txt below --runs.
 """
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ FLAGS = {
     "uvit": "--schedule edm --lr 2e-3 --warmup 150000",
     "dit": "--schedule edm --lr 1e-3",
 }
+STUDY = HERE / "study.py"               # makes a run
 ORDER = ("baseline", "z + distillation"), ("z", "distillation")      # the primary comparison first
 
 
@@ -43,9 +45,10 @@ def run(args, job, gpu):
     """One job on one GPU, by study.py in a process of its own -> its line, None where it failed."""
     name, variant, seed = job
     folder = Path(args.runs, f"{name}-{variant}-{seed}".replace(" ", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)                   # what a call that was stopped left there
+    folder.mkdir(parents=True)
     line = folder / "line.jsonl"
-    command = [sys.executable, args.study, name, "--variants", variant, "--seeds", str(seed),
+    command = [sys.executable, STUDY, name, "--variants", variant, "--seeds", str(seed),
                "--data", args.data, "--transfer", args.transfer, "--images", str(args.images),
                "--batch-size", "128", "--flags", f"--image-size 32 --decay {args.images} {FLAGS[name]}",
                "--size", *(["dim=128"] if name == "unet" else []), "--runs", str(folder), "--out", str(line)]
@@ -65,7 +68,6 @@ def main(argv=None):
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--runs", default="runs/claim")
     parser.add_argument("--out", default="runs/claim.jsonl")
-    parser.add_argument("--study", default=str(HERE / "study.py"), help="the script that makes a run")
     args = parser.parse_args(argv)
     there = study.read(args.out) if Path(args.out).exists() else []
     done = {(r["network"], r["variant"], r["seed"]) for r in there}
