@@ -28,8 +28,8 @@ from torchvision.utils import make_grid
 from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, UserError, add_source, check_source, check_writable, command,
                    compile_parts, finite, load_data, load_source, moments_of, pick_autocast, progress,
-                   require, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8, to_x0,
-                   vae_of, whole_number)
+                   reason, require, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8,
+                   to_x0, vae_of, whole_number)
 
 COMPILE_FROM = 10_000            # images per GPU: here compiling pays, at the latest the second time
 
@@ -204,8 +204,7 @@ def fid(images, real, weights, device):
         metrics = calculate_metrics(input1=Images(images), input2=Images(real), fid=True, verbose=False,
                                     cuda=device.type == "cuda", feature_extractor_weights_path=weights)
     except Exception as e:                          # no network, a proxy, a file that is something else ...
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"FID could not be computed ({why}): if the Inception weights could not be "
+        raise UserError(f"FID could not be computed ({reason(e)}): if the Inception weights could not be "
                         "downloaded, fetch weights-inception-2015-12-05-6726825d.pth from the releases of "
                         "github.com/toshas/torch-fidelity and name it with --fid-weights.")
     return metrics["frechet_inception_distance"]

@@ -8,8 +8,8 @@ randomness of a step follows from (seed, step), dropout's from the process as we
 run sees the same images and noise.
 Results: runs/<name>/ with config.json, checkpoint.pt, log.jsonl, samples-<images>.png.
 
-In this order: errors, config, data sets, latents, device and run tools, checkpoint, the loop. To see what
-training is, begin at the end: train, loop, advance, train_step, forward_backward, then Batches.
+In this order: errors, config, data sets, latents, device and run tools, networks and checkpoints, the loop.
+To see what training is, begin at the end: train, loop, advance, train_step, forward_backward, then Batches.
 """
 import argparse
 import copy
@@ -65,6 +65,7 @@ from uvit_selfcond import UViT
 # Named in the dicts of tests/test_networks.py, it is tested like the three.
 MODELS = {"unet": UNet, "uvit": UViT, "dit": DiT}
 DEFAULT_SIZE = {"unet": "base", "uvit": "small", "dit": "small"}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}       # types of autocast
 LABEL_DROPOUT = 0.1       # part of the labels that become "no class", for guidance (arXiv 2207.12598)
 CLIP = 1.0                # largest gradient norm
 EMA_RAMP = 0.05           # the EMA's half-life is at most this part of the images seen (as in EDM)
@@ -111,6 +112,11 @@ def say(message, file=None, everyone=False):
 @functools.cache
 def say_once(message):
     say(message)
+
+
+def reason(error, line=0):
+    """A line of what an error says; where it says nothing, its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[line].strip()
 
 
 def try_to(what, work):
@@ -163,8 +169,7 @@ class Config:
     schedule: str = flag("linear", "path from images to noise [linear]", list(SCHEDULES))
     target: str = flag(None, "what the network predicts [edm, flow: v; else eps]", TARGETS)
     device: str = flag(None, "cuda, mps or cpu [the first of these that is there]")
-    precision: str = flag(None, "fp32 is TF32 on CUDA [bf16 or fp16 on CUDA, else fp32]",
-                          ["bf16", "fp16", "fp32"])
+    precision: str = flag(None, "fp32 is TF32 on CUDA [bf16 or fp16 on CUDA, else fp32]", list(PRECISIONS))
     compile: bool = flag(True, "torch.compile and CUDA graphs, where CUDA and Triton are [on]")
     resident: bool = flag(None, "hold the data on the device [where it fills less than half of what is free]")
 
@@ -230,7 +235,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         hint = "--help lists the flags"
-        known = [flag.lstrip("-") for flag in self._option_string_actions]
+        known = [option.lstrip("-") for option in self._option_string_actions]
         for word in re.findall(r"unrecognized arguments: --([\w-]+)", message):
             for near in get_close_matches(word, known, n=1):
                 hint = f"did you mean --{near}"
@@ -251,7 +256,8 @@ def parse_flags(argv):
     """Flags -> {name: value} of those that were given. Raises UserError."""
     parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        name, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
+        name = "--" + f.name.replace("_", "-")
+        help, choices = f.metadata["help"], f.metadata["choices"]
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         if f.type is bool:
@@ -439,9 +445,8 @@ def list_folder(root, split):
     extra = sorted(set(classes_in(test)) - set(classes))
     require(not extra, f"{test} has a class that {train} lacks, {extra[:1]}: add it there or remove it.")
     files = []
-    for name in classes:
-        if (part / name).is_dir():
-            files += files_below(part / name, above=(part.resolve(),))
+    for name in classes_in(part):
+        files += files_below(part / name, above=(part.resolve(),))
     files = images_among(files, part)
     loose = [path for path in ours(part.iterdir()) if is_image(path) and not path.is_dir()]
     if loose:
@@ -661,9 +666,8 @@ def load_vae(name, device):
     except ImportError:
         raise UserError("latents need diffusers, which is not installed: pip install diffusers")
     except Exception as e:                          # no network, no such folder, another kind of model ...
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"{name} is no autoencoder that can be loaded ({why}): name one of the hub, while "
-                        "online, or the folder of one.")
+        raise UserError(f"{name} is no autoencoder that can be loaded ({reason(e)}): name one of the hub, "
+                        "while online, or the folder of one.")
     vae = vae.to(device).eval().requires_grad_(False)
     require(knows_images(vae), f"{name} is of class {type(vae).__name__}, which does not encode and decode "
                                "images: use an AutoencoderKL, AutoencoderTiny or AutoencoderDC.")
@@ -932,7 +936,7 @@ def check_meta(meta):
     require(h == w, "its latents are not square")
     require(moments.shape == (2, C), "mean and std do not fit the shape")
     require(np.isfinite(moments).all() and moments[1].min() > 0, "mean or std cannot be")
-    require(meta["vae"] is None or type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
+    require(meta["vae"] is None or type(meta["vae"]) is str, "it names no VAE")
     require(type(meta["classes"]) is list, "classes are no list")
     require(all(type(name) is str for name in meta["classes"]), "a class is no name")
 
@@ -986,7 +990,7 @@ def setup(name):
         except (ValueError, RuntimeError) as e:
             place = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
             raise OwnError(f"RANK is {os.environ['RANK']}, and the processes could not meet at {place} "
-                           f"({str(e).splitlines()[0]}): start with torchrun, or unset RANK.")
+                           f"({reason(e)}): start with torchrun, or unset RANK.")
     return device, *processes()
 
 
@@ -1085,7 +1089,7 @@ def pick_autocast(name, device):
     """-> a maker of autocast contexts, its dtype. What does not work here gives way to fp32, said once."""
     if name is None and device.type == "cuda":      # below capability 8, bf16 is only emulated
         name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    dtype = PRECISIONS.get(name)                    # None: on a CPU, unasked
     if dtype is None:
         return nullcontext, None
     try:
@@ -1214,7 +1218,7 @@ def save_grid(images, file, columns):
     save_image(tiles / 255, file, format="PNG", nrow=columns, padding=4, pad_value=1)
 
 
-# --- checkpoint ---------------------------------------------------------------------------------------------
+# --- networks and checkpoints -------------------------------------------------------------------------------
 
 def make_diffusion(cfg):
     """Raises UserError where --target does not fit --schedule."""
@@ -1279,8 +1283,7 @@ def restore(state, **parts):
             if saved or name != "scaler":           # a scaler that was off has nothing to say
                 part.load_state_dict(saved)
     except Exception as e:                          # torch raises many kinds; its last line names a weight
-        why = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
-        raise UserError(f"{state['path']} does not fit the network ({why}): use its own code.")
+        raise UserError(f"{state['path']} does not fit the network ({reason(e, -1)}): use its own code.")
 
 
 def load_run(folder, device):
@@ -1344,9 +1347,8 @@ def load_public(cfg, net, weights):
             same = w.shape == table.shape and torch.allclose(table.cpu(), w, atol=1e-5)
             require(same, f"it has other {name}")
     except (UserError, RuntimeError, KeyError) as e:             # torch: of another shape
-        why = str(e).splitlines()[-1].strip()
         raise UserError(f"{cfg.init} does not fit --model {cfg.model} --size {cfg.size} for images of "
-                        f"{net.image_size} x {net.image_size} ({why}): correct these flags.")
+                        f"{net.image_size} x {net.image_size} ({reason(e, -1)}): correct these flags.")
 
 
 def public_meta(meta):
@@ -1364,7 +1366,9 @@ def load_weights(args, device):
         if getattr(args, name) is not None:
             flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     cfg = parse_config(flags)
-    weights, meta, shape = read_public(cfg), None, [3, cfg.image_size, cfg.image_size]
+    weights = read_public(cfg)
+    meta = None
+    shape = [3, cfg.image_size, cfg.image_size]
     if on_latents(cfg):
         meta = public_meta(load_data(cfg.data, "train", cfg.image_size).meta)
         shape = meta["shape"]
@@ -1388,7 +1392,7 @@ def add_source(parser):
     add("--size", help="of --weights, one of the network's SIZES [small; unet: base]")
     add("--image-size", type=whole_number, help="of --weights, side in pixels [32]")
     add("--device", help="cuda, mps or cpu [the first of these that is there]")
-    add("--precision", choices=["bf16", "fp16", "fp32"], help="[as in training]")
+    add("--precision", choices=list(PRECISIONS), help="[as in training]")
 
 
 def check_source(args):
@@ -1418,7 +1422,8 @@ class Batches:
     file, fetched one batch ahead.
     """
 
-    def __init__(self, data, cfg, diffusion, device, rank=0, world=1):
+    def __init__(self, data, cfg, diffusion, device):
+        rank, world = processes()
         images = data.images
         if data.meta:
             images = data.both.flatten(0, 1)        # 2 N: latents of images, then of flipped images
@@ -1510,7 +1515,7 @@ class Meter:
 class Run:
     """A network in training: what a step reads and changes."""
 
-    def __init__(self, cfg, data, device, rank=0, world=1, state=None, weights=None):
+    def __init__(self, cfg, data, device, state=None, weights=None):
         """At its start, from public weights where given, or as the checkpoint dict state left it."""
         torch.manual_seed(mix(cfg.seed))
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -1518,8 +1523,8 @@ class Run:
         if device.type == "cuda":                   # the host only draws: many threads wait for one another
             torch.set_num_threads(1)
         self.cfg, self.data, self.device = cfg, data, device
-        self.rank, self.world = rank, world
-        self.share = cfg.batch_size // world        # images of a step in this process
+        self.rank, self.world = processes()
+        self.share = cfg.batch_size // self.world   # images of a step in this process
         self.micro = cfg.micro_batch or self.share  # images of a forward pass
         num_classes = len(data.classes) if cfg.conditional else 0
         self.net, self.diffusion = build(cfg, data.images.shape[1:], num_classes, device)
@@ -1533,7 +1538,7 @@ class Run:
                                            fused=device.type == "cuda")
         self.autocast, dtype = pick_autocast(cfg.precision, device)          # makes contexts
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)     # else it is off
-        self.batches = Batches(data, cfg, self.diffusion, device, rank, world)
+        self.batches = Batches(data, cfg, self.diffusion, device)
         self.images = 0                             # seen so far
         self.meter = Meter(device, self.images)
         if state:
@@ -1946,11 +1951,11 @@ def train(cfg):
     if cfg.init:
         data = data._replace(meta=public_meta(data.meta))
     check_data(cfg, data, state)
-    run = Run(cfg, data, device, rank, world, state, weights)
+    run = Run(cfg, data, device, state, weights)
     vae = vae_of(data.meta, device) if rank == 0 else None
     start_log(run, out, resumed=state is not None)
     if cfg.size == "tiny":
-        flags = {name: getattr(cfg, name) for name in [*TINY, "conditional", "decay"]}
+        flags = {name: getattr(cfg, name) for name in tiny_recipe(cfg)}
         say(f"tiny networks have flags of their own: {flags}")
     say(f"{cfg.model} {cfg.size}: {run.parameters:,} parameters, {len(data.images):,} images, "
         f"{world} x {device}")

@@ -73,8 +73,8 @@ def report(run, speed, ready, work):
 @train.command
 def main(argv=None):
     cfg = train.parse_config(argv)
-    device, rank, world = train.setup(cfg.device)
-    run = train.Run(cfg, random_data(cfg.image_size), device, rank, world)
+    device, _, _ = train.setup(cfg.device)
+    run = train.Run(cfg, random_data(cfg.image_size), device)
     speed, ready = measure(run)
     report(run, speed, ready, flops(run))
 
