@@ -53,7 +53,7 @@ VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "c
 # what is probed: images (N, C, S, S), uint8, or latents; targets (N,) classes, or (N, S, S) those of pixels
 Part = namedtuple("Part", "images targets")
 # and with what: net(x, t, return_features=True), its diffusion, where and how it runs
-Source = namedtuple("Source", "net diffusion autocast device moments", defaults=[None])
+Source = namedtuple("Source", "net diffusion autocast device moments")
 
 
 def parse(argv):
@@ -79,7 +79,7 @@ def parse(argv):
             "give either the folder of a run, or --weights, or --compare and some.")
     if args.compare:
         for name, value in vars(args).items():
-            fits = name in ("compare", "run", "weights", "task", "data")
+            fits = name in ("compare", "task", "data")
             require(fits or value == parser.get_default(name),
                     f"--{name.replace('_', '-')} is for probing: --compare reads results, leave it out.")
     else:
@@ -377,8 +377,8 @@ def final_score(source, train, test, K, place, args):
     """Step 3: learn at the chosen place from all of train, and score once on test."""
     layer, t, penalty = place
     way = PENALTIES[:PENALTIES.index(penalty) + 1]          # each starts from the one before
-    probes = learn(source, train, K, [t], way, args, [layer])
-    return score(probes, K, source, test, [t], args, [layer])[place]
+    probe = learn(source, train, K, [t], way, args, [layer])[layer, t][penalty]
+    return score({(layer, t): {penalty: probe}}, K, source, test, [t], args, [layer])[place]
 
 
 def study(source, train, test, K, levels, args):
@@ -540,10 +540,15 @@ def axis(low, high):
     return start, start + 5 * step
 
 
+def height(values, ends, bottom):
+    """-> y of scores in a picture whose axis, of these ends, is 460 high."""
+    return np.interp(values, ends, (bottom, bottom - 460))
+
+
 def draw_grid(pen, ends, right, bottom):
-    """Lines behind curves, from x = 100 on and 460 high, and their values; ends: those of an axis."""
+    """Lines behind curves, from x = 100 on, and their values; ends: those of an axis."""
     for value in np.linspace(*ends, 6):
-        y = np.interp(value, ends, (bottom, bottom - 460))
+        y = height(value, ends, bottom)
         pen.line((100, y, right, y), "#dddddd", 2)
         pen.text((90, y), f"{value:.0f}", "black", anchor="rm")
 
@@ -558,8 +563,7 @@ def draw_curves(results, file):
     picture, pen = canvas(right + 80, bottom + 30 + 30 * len(results), [(what, "black"), *heading])
     draw_grid(pen, ends, right, bottom)
     for n, (result, curve, (_, colour)) in enumerate(zip(results, curves, heading)):
-        y = np.interp(curve, ends, (bottom, bottom - 460))
-        points = list(zip(np.linspace(130, right, len(curve)), y))
+        points = list(zip(np.linspace(130, right, len(curve)), height(curve, ends, bottom)))
         pen.line(points, colour, 4)
         for point, name in zip(points, result["layers"]):
             r = 14 if name == result["bottleneck"] else 6
@@ -625,7 +629,7 @@ def load_parts(spec, state, args, device):
 def digest(images):
     """A number for at most 1,000 of these images, by which other ones are told from them."""
     some = images[::math.ceil(len(images) / 1000)]
-    return hashlib.sha256(some.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16]
 
 
 def write_result(result, path, start, stale=None):

@@ -125,21 +125,37 @@ def losses(out, name="loss"):
     return found
 
 
-def small_run(folder, flags, parts):
+def small_run(folder, flags):
     """A run of two steps on 16 px shapes -> its folder; no zero gate hides the time, the class or z.
 
-    For that, these parts of the checkpoint ("ema", "model") get noise of their own.
+    For that, its EMA weights get noise of their own.
     """
     flags = f"--model {flags} --size tiny --data shapes --images 16 --batch-size 8 --device cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.GaussianDiffusion, "sample", lambda self, net, noise, *args, **kwargs: noise)
         train.main([*flags.split(), "--out", str(folder)])
     state, generator = load(folder), torch.Generator().manual_seed(1)
-    for part in parts:
-        for value in state[part].values():
-            value += 0.04 * torch.randn(value.shape, generator=generator)
+    for value in state["ema"].values():
+        value += 0.04 * torch.randn(value.shape, generator=generator)
     torch.save(state, folder / "checkpoint.pt")
     return folder
+
+
+def precision():
+    """The dtype in which a network runs here and now."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def probed(layers=4, levels=(1, 10, 30), run="made", **changes):
+    """A result as probe.json has it, with values that rise from layer to layer and level to level."""
+    values = [[round(0.3 + 0.05 * i + 0.01 * j, 5) for j in range(len(levels))] for i in range(layers)]
+    best = dict(layer=f"block_{layers}", t=levels[-1], accuracy=values[-1][-1], miou=0.2)
+    result = dict(run=run, data="shapes", metric="accuracy", layers=[f"block_{n + 1}" for n in range(layers)],
+                  levels=list(levels), sigmas=[t / (1000 - t) for t in levels], held_out=values, best=best,
+                  bottleneck=f"block_{layers // 2 or 1}",
+                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, test_set="12ab",
+                  augment=0, seed=0, batch_size=500)
+    return result | changes
 
 
 # --- comparisons ---

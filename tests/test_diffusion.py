@@ -119,7 +119,7 @@ def test_draw(schedule, data):
 @scales
 @pytest.mark.parametrize("sigma", [TEACHER_SIGMA, 2.0])
 def test_draw_below(schedule, data, sigma):
-    """draw_below is even among the times with less noise than sigma; TEACHER_SIGMA is linear's at t = 100."""
+    """draw_below is even among the times with less noise than sigma; TEACHER_SIGMA leaves linear 0 to 99."""
     path, n = GaussianDiffusion(schedule=schedule, sigma_data=data).path, 40_000
     t, again = (path.draw_below(sigma, n, generator=torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(t, again)

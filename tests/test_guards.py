@@ -91,7 +91,7 @@ def test_port_in_use(tmp_path, monkeypatch, capsys):
             train.main(argv(tmp_path / "run"))
 
 
-def test_address_alone(tmp_path, monkeypatch):
+def test_address_alone(monkeypatch):
     """An address in the environment starts nothing; the world is one process."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 import probe
 import train
-from conftest import CPU, draw_shapes, error, few_shapes, picture, refused, small_run, tree
+from conftest import CPU, draw_shapes, error, few_shapes, picture, precision, probed, refused, small_run, tree
 from diffusion import GaussianDiffusion
 from probe import Part, Source
 
@@ -36,7 +36,7 @@ def options(**changes):
 def fake(net, add_noise=lambda x0, t, eps: x0):
     """Source around a function (x, t) -> {layer: features}; without noise unless add_noise adds it."""
     return Source(lambda x, t, return_features: (x, net(x, t)), SimpleNamespace(add_noise=add_noise),
-                  nullcontext, CPU)
+                  nullcontext, CPU, None)
 
 
 def random_images(n, size, seed=0, channels=3):
@@ -71,7 +71,7 @@ def folders(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         few_shapes(patch, TRAIN, TEST)
         runs = dict(classes="dit", free="unet --no-conditional --schedule linear")
-        found = {name: small_run(tmp_path_factory.mktemp("runs") / name, flags, ["ema", "model"])
+        found = {name: small_run(tmp_path_factory.mktemp("runs") / name, flags)
                  for name, flags in runs.items()}
         state = torch.load(found["classes"] / "checkpoint.pt")
         for name in ("linear", "flow"):
@@ -243,7 +243,7 @@ def test_features(folders, run):
     def add_noise(x0, t, eps):
         noises.append(eps.double())
         return diffusion.add_noise(x0, t, eps)
-    source = Source(mine, SimpleNamespace(add_noise=add_noise), nullcontext, CPU)
+    source = Source(mine, SimpleNamespace(add_noise=add_noise), nullcontext, CPU, None)
     found, _ = by_place(list(probe.extract(source, part, [10, 300], options())))
     state = torch.load(folders[run] / "checkpoint.pt")
     cfg, K = SimpleNamespace(**state["config"]), state["num_classes"]
@@ -420,9 +420,10 @@ def test_choice(monkeypatch):
     said = {("a", 1): [(0.5, 0.1), (0.7, 0.2), (0.6, 0.3)], ("b", 1): [(0.8, 0.25), (0.3, 0.1), (0.1, 0.1)]}
     scores = {(*place, penalty): dict(accuracy=accuracy, miou=miou) for place, values in said.items()
               for penalty, (accuracy, miou) in zip([0.3, 0.2, 0.1], values)}
+    said_by = {place: dict.fromkeys([0.3, 0.2, 0.1], "a probe") for place in said}
     learned, asked = [], []
     monkeypatch.setattr(probe, "PENALTIES", [0.3, 0.2, 0.1])
-    monkeypatch.setattr(probe, "learn", lambda *args: learned.append(args))
+    monkeypatch.setattr(probe, "learn", lambda *args: learned.append(args) or said_by)
     monkeypatch.setattr(probe, "score", lambda *args: asked.append(args) or scores)
     part, test = Part(random_images(20, 4), torch.zeros(20)), Part(random_images(5, 4), torch.zeros(5))
     for task, best, way, held_out in [("classify", ("b", 0.3), [0.3], [[0.7], [0.8]]),
@@ -433,6 +434,7 @@ def test_choice(monkeypatch):
         everywhere, there = learned[-2:]
         assert everywhere[3:5] == ([1], [0.3, 0.2, 0.1]) and len(everywhere) == 6
         assert there[3:5] == ([1], way) and there[6] == [best[0]] and asked[-1][3] is test
+        assert asked[-1][0] == {(best[0], 1): {best[1]: "a probe"}}, "no other is scored on the test images"
 
 
 def test_images(folders, monkeypatch):
@@ -490,25 +492,13 @@ def sigmas_of(schedule, levels):
     return [((1 - abar[t]) / abar[t]) ** 0.5 for t in levels]
 
 
-def made(layers=4, levels=(1, 10, 30), run="made", **changes):
-    """A result like those of study, with values that rise from layer to layer and level to level."""
-    values = [[round(0.3 + 0.05 * i + 0.01 * j, 5) for j in range(len(levels))] for i in range(layers)]
-    best = dict(layer=f"block_{layers}", t=levels[-1], accuracy=values[-1][-1], miou=0.2)
-    result = dict(run=run, data="shapes", metric="accuracy", layers=[f"block_{n + 1}" for n in range(layers)],
-                  levels=list(levels), sigmas=sigmas_of("linear", levels), held_out=values, best=best,
-                  bottleneck=f"block_{layers // 2 or 1}",
-                  test=dict(accuracy=0.5, miou=0.25), train_images=5_000, test_images=40, test_set="12ab",
-                  augment=0, seed=0, batch_size=500)
-    return result | changes
-
-
 def test_other_judges(folders, run_probe, monkeypatch, capsys):
     """--knn judges the chosen place, --references an untrained network and the pixels; both are told."""
     scores, studied, seen = [0.5, 0.5, 0.4], [], []
 
     def study(*args):
         studied.append(args)
-        result = made(test=dict(accuracy=scores[len(studied) - 1], miou=0))
+        result = probed(test=dict(accuracy=scores[len(studied) - 1], miou=0))
         return {key: result[key] for key in "metric layers levels held_out best test".split()}
     monkeypatch.setattr(probe, "study", study)
     monkeypatch.setattr(probe, "knn", lambda source, train, test, place, K, args: seen.append(place) or 0.375)
@@ -603,8 +593,9 @@ def near(image, colour):
 
 
 @pytest.mark.parametrize("result", [
-    made(4, (10,), run="uvit-small-cifar10", data="folder:/home/me/pictures/birds-and-bees", metric="miou"),
-    made(13, probe.LEVELS, run="unet-tiny-shapes-full-baseline", metric="miou"), made(1, (1,), run="a" * 99)])
+    probed(4, (10,), run="uvit-small-cifar10", data="folder:/home/me/pictures/birds-and-bees", metric="miou"),
+    probed(13, probe.LEVELS, run="unet-tiny-shapes-full-baseline", metric="miou"),
+    probed(1, (1,), run="a" * 99)])
 def test_pictures(tmp_path, monkeypatch, result):
     """Both are whole, also where names are long: a red frame is around the map's best cell, the darkest.
 
@@ -649,7 +640,7 @@ def test_axis(low, high, ends):
 
 def test_maps(tmp_path):
     """Maps side by side are each that of a run alone, but for the colours, which have one scale."""
-    high, low = made(run="high"), made(run="low", best=dict(made()["best"], t=made()["levels"][0]))
+    high, low = probed(run="high"), probed(run="low", best=dict(probed()["best"], t=probed()["levels"][0]))
     low["held_out"] = [[value / 2 for value in row] for row in low["held_out"]]
     both = drawn(probe.draw_maps, [high, low], tmp_path / "both.png")
     y, x = near(both, (255, 0, 0))
@@ -677,29 +668,29 @@ def write(folder, result, name="probe"):
 
 def test_compare(tmp_path, capsys):
     """--compare draws curves and maps of all runs, two pictures in the first one's folder, and no more."""
-    lower = [[value - 0.1 for value in row] for row in made()["held_out"]]
-    results = dict(A=made(run="A"), B=made(run="B", held_out=lower), C=made(7, run="C"))
+    lower = [[value - 0.1 for value in row] for row in probed()["held_out"]]
+    results = dict(A=probed(run="A"), B=probed(run="B", held_out=lower), C=probed(7, run="C"))
     runs = {name: write(tmp_path / name, result) for name, result in results.items()}
     for names in ("BA", "ABC"):
         probe.main(["--compare", *(runs[name] for name in names)])
         file, maps = (tmp_path / names[0] / f"probe-compare{what}.png" for what in ("", "-maps"))
         out = capsys.readouterr().out.splitlines()
         assert out == [*(probe.summary(results[name]) for name in names), f"curves: {file}; maps: {maps}"]
-        assert Image.open(maps).width == len(names) * (210 + 92 * len(made()["levels"]))
+        assert Image.open(maps).width == len(names) * (210 + 92 * len(probed()["levels"]))
         image, top = np.array(Image.open(file)).astype(int), 100 + 36 * len(names)   # below the heading
         heights = {name: near(image[top:top + 450], list(bytes.fromhex(colour[1:])))[0].mean()
                    for name, colour in zip(names, probe.LINES)}
         assert heights["B"] > heights["A"] + 30, "A is better than B, so its curve is higher"
         file.unlink()
         maps.unlink()
-    write(tmp_path / "A", made(metric="miou"), "probe-segment-voc")
+    write(tmp_path / "A", probed(metric="miou"), "probe-segment-voc")
     probe.main(["--compare", runs["A"], "--task", "segment", "--data", "voc"])
     assert (tmp_path / "A/probe-segment-voc-compare.png").exists()
 
 
-OLDER = {name: value for name, value in made().items() if name != "test_set"}
-UNDRAWN = {name: value for name, value in made().items() if name != "layers"}
-IMPOSSIBLE = [made(held_out=[[1.5] * 3] * 4), made(held_out=[[-1] * 3] * 4)]
+OLDER = {name: value for name, value in probed().items() if name != "test_set"}
+UNDRAWN = {name: value for name, value in probed().items() if name != "layers"}
+IMPOSSIBLE = [probed(held_out=[[1.5] * 3] * 4), probed(held_out=[[-1] * 3] * 4)]
 UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=99, augment=2, seed=1,
               batch_size=64)
 
@@ -709,10 +700,10 @@ UNLIKE = dict(data="cifar10", test_set="ab12", levels=[1, 10, 60], train_images=
     *[(odd, ["B/probe.json is no result of probe.py"]) for odd in ("{", "{}", "[]", "directory", UNDRAWN)],
     *[(odd, ["B/probe.json is no result of probe.py", "a score that cannot be"]) for odd in IMPOSSIBLE],
     (OLDER, ["B/probe.json is no result of probe.py", "without test_set"]),
-    *[(made(**{what: other}), [what, str(other), str(made()[what])]) for what, other in UNLIKE.items()]])
+    *[(probed(**{what: other}), [what, str(other), str(probed()[what])]) for what, other in UNLIKE.items()]])
 def test_compare_refuses(tmp_path, capsys, content, words):
     """Results that are missing, damaged or of runs that were probed otherwise; no picture is drawn."""
-    a, b = write(tmp_path / "A", made()), write(tmp_path / "B", content)
+    a, b = write(tmp_path / "A", probed()), write(tmp_path / "B", content)
     file = tmp_path / "B/probe.json"
     if content in (None, "directory"):
         file.unlink()
@@ -729,7 +720,7 @@ def test_precision(run_probe, monkeypatch, flags, dtype):
     seen, forward = set(), train.DiT.forward
 
     def watch(self, *args, **kwargs):
-        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        seen.add(precision())
         return forward(self, *args, **kwargs)
     monkeypatch.setattr(train.DiT, "forward", watch)
     run_probe("classes", flags)

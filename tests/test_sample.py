@@ -18,8 +18,8 @@ from torch.distributed.run import get_args_parser
 
 import sample
 import train
-from conftest import (CPU, ROOT, end, error, few_shapes, fork_two, load, picture, refused, small_run,
-                      tree)
+from conftest import (CPU, ROOT, end, error, few_shapes, fork_two, load, picture, precision, refused,
+                      small_run, tree)
 from diffusion import GaussianDiffusion
 
 FEW = 20                                            # training images of the runs
@@ -36,8 +36,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         few_shapes(patch, FEW)
-        small_run(root / "classes", "unet", ["ema"])
-        small_run(root / "free", "dit --no-conditional --schedule linear", ["ema"])
+        small_run(root / "classes", "unet")
+        small_run(root / "free", "dit --no-conditional --schedule linear")
     for i, colour in enumerate(["red", "green", "blue"]):
         picture(root / f"data/{i}.png", colour, size=(16, 16))
     (root / "data/bad.png").write_bytes(b"No image.")
@@ -252,8 +252,7 @@ def test_precision(root, trained, flags, dtype):
     arguments, seen = opened(root / "free", f"--steps 2 {flags}"), []
     _, source, _ = arguments
     source.state["config"].precision = trained
-    source.net.register_forward_pre_hook(lambda *_: seen.append(
-        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32))
+    source.net.register_forward_pre_hook(lambda *_: seen.append(precision()))
     sample.draw(*arguments, range(2))
     assert seen == [dtype] * 2
 

@@ -28,8 +28,8 @@ import probe
 import sample
 import train
 from conftest import (MOVES, ROOT, TORCHRUN, Fork, Program, argv, assert_same_run, end, error, few_latents,
-                      fork_two, like_windows, load, log, losses, refused, run, run_two, start, train_in_fork,
-                      tree, wait_for)
+                      fork_two, like_windows, load, log, losses, probed, refused, run, run_two, start,
+                      train_in_fork, tree, wait_for)
 
 pytestmark = pytest.mark.usefixtures("quick")
 slow = pytest.mark.slow
@@ -518,10 +518,7 @@ def test_odd_log(tmp_path, capsys):
 def test_odd_results(tmp_path, capsys, n):
     """probe.py --compare reads the results that others made: a sentence where they will not do."""
     rng, ended = random.Random(n), []
-    result = dict(run="a", data="shapes", metric="accuracy", bottleneck="b", layers=["a", "b"],
-                  levels=[1, 10], sigmas=[0.1, 0.2], held_out=[[0.1, 0.2], [0.3, 0.4]], train_images=50,
-                  test_images=20, test_set="12ab", augment=0, seed=0, batch_size=500,
-                  best=dict(layer="b", t=10, accuracy=0.4, miou=0.2), test=dict(accuracy=0.3, miou=0.1))
+    result = probed(2, (1, 10))
     for name in "xy":
         (tmp_path / name).mkdir()
         (tmp_path / name / "probe.json").write_text(json.dumps(result))
@@ -566,7 +563,7 @@ def test_upright(tmp_path, suffix, grey):
     if grey:
         stored = stored[:, :, :1].repeat(3, 2)
         large = large[:, :, 0].astype(np.uint16) * 257
-    for number, turn in UPRIGHT.items():
+    for number in UPRIGHT:
         exif = Image.Exif()
         exif[0x112] = number
         Image.fromarray(large).save(tmp_path / f"{number}.{suffix}", exif=exif)

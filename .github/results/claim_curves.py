@@ -49,7 +49,7 @@ def draw(title, bottleneck, found, file):
     glass = ImageDraw.Draw(picture, "RGBA")                 # paints what one sees through
     x = 145 + 90 * np.arange(len(names))
     for form, (mean, spread) in curves.items():
-        y, above, below = (np.interp(values, ends, (bottom, bottom - 460))
+        y, above, below = (probe.height(values, ends, bottom)
                            for values in (mean, mean + spread, mean - spread))
         if len(found[form]) > 1:
             glass.polygon([*zip(x, above), *zip(x[::-1], below[::-1])], COLOURS[form] + "33")
