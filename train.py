@@ -936,7 +936,7 @@ def check_meta(meta):
     require(h == w, "its latents are not square")
     require(moments.shape == (2, C), "mean and std do not fit the shape")
     require(np.isfinite(moments).all() and moments[1].min() > 0, "mean or std cannot be")
-    require(meta["vae"] is None or type(meta["vae"]) is str, "it names no VAE")
+    require(meta["vae"] is None or type(meta["vae"]) is str and meta["vae"] != "", "it names no VAE")
     require(type(meta["classes"]) is list, "classes are no list")
     require(all(type(name) is str for name in meta["classes"]), "a class is no name")
 
@@ -1955,7 +1955,7 @@ def train(cfg):
     vae = vae_of(data.meta, device) if rank == 0 else None
     start_log(run, out, resumed=state is not None)
     if cfg.size == "tiny":
-        flags = {name: getattr(cfg, name) for name in tiny_recipe(cfg)}
+        flags = {name: getattr(cfg, name) for name in [*TINY, "conditional", "decay"]}
         say(f"tiny networks have flags of their own: {flags}")
     say(f"{cfg.model} {cfg.size}: {run.parameters:,} parameters, {len(data.images):,} images, "
         f"{world} x {device}")

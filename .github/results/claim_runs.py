@@ -2,8 +2,8 @@
 
     python .github/results/claim_runs.py --transfer folder:tiny-imagenet --networks dit --seeds 10
 
-Runs that --out holds already are not made again: the same command goes on where it was stopped, and begins
-anew what it had not ended. What a run says while it is made stands in a file said.txt below --runs.
+Runs that --out holds already are not made again: the same command goes on where it was stopped. Others begin
+anew: what their folders below --runs held goes. There a file said.txt has what a run says while it is made.
 """
 import argparse
 import os
@@ -45,7 +45,7 @@ def run(args, job, gpu):
     """One job on one GPU, by study.py in a process of its own -> its line, None where it failed."""
     name, variant, seed = job
     folder = Path(args.runs, f"{name}-{variant}-{seed}".replace(" ", "-"))
-    shutil.rmtree(folder, ignore_errors=True)                   # what a call that was stopped left there
+    shutil.rmtree(folder, ignore_errors=True)                   # else a run that was stopped is in the way
     folder.mkdir(parents=True)
     line = folder / "line.jsonl"
     command = [sys.executable, STUDY, name, "--variants", variant, "--seeds", str(seed),
