@@ -239,13 +239,18 @@ def seed_rows():
     grey = []
     for _, name, z, weight in claim.NETWORKS:
         variant = claim.forms(z, weight)["z + distillation"]
-        grey += claim.differences(runs[name, variant], runs[name, f"{variant}, grey border"], claim.MEASURES)
+        grey += changes(runs[name, variant], runs[name, f"{variant}, grey border"], claim.MEASURES)
     yield "claim.md", f"Of the {len(grey)} intervals of new minus old runs, {decided(grey)} exclude 0"
 
 
-def decided(cells):
-    """How many intervals exclude 0."""
-    return sum("**" in cell for cell in cells)
+def changes(ours, theirs, measures):
+    """Runs of two forms by seed -> differences of the pairs, a list a measure."""
+    return [claim.paired(ours, theirs, measure) for measure in measures]
+
+
+def decided(found):
+    """How many of these lists of differences have an interval that excludes 0."""
+    return sum("**" in claim.cell(values, 1) for values in found)
 
 
 def chance(values):
@@ -257,15 +262,16 @@ def chance(values):
 
 def by_holm(chances):
     """How many of these p are below what Holm's correction asks of them at 5 %."""
-    for k, p in enumerate(sorted(chances)):
+    chances = sorted(chances)
+    for k, p in enumerate(chances):
         if p >= 0.05 / (len(chances) - k):
             return k
     return len(chances)
 
 
-def apart(changes):
+def apart(values):
     """Changes of distances -> by how much samples came closer, by how much others moved away."""
-    return [-change for change in changes if change < 0], [change for change in changes if change > 0]
+    return [-change for change in values if change < 0], [change for change in values if change > 0]
 
 
 def place_of(run):
@@ -276,25 +282,22 @@ def place_of(run):
 def shown_rows():
     """How many intervals of z with distillation against the baseline exclude 0; how single pairs differ."""
     runs = claim.read_runs()
-    pairs, primary, secondary = {}, [], []          # network -> differences, a list a measure; cells
-    moved = 0                                       # pairs probed at two places
+    pairs, moved = {}, 0            # network -> changes of its measures; pairs probed at two places
     for _, name, z, weight in claim.NETWORKS:
         forms = claim.forms(z, weight)
         ours, theirs = runs[name, forms["z + distillation"]], runs[name, forms["baseline"]]
-        pairs[name] = [claim.paired(ours, theirs, measure) for measure in claim.MEASURES]
-        cells = claim.differences(ours, theirs, claim.MEASURES)
+        pairs[name] = changes(ours, theirs, claim.MEASURES)
         moved += sum(place_of(ours[seed]) != place_of(theirs[seed]) for seed in ours)
-        primary += cells[:len(PRIMARY)]
-        secondary += cells[len(PRIMARY):]
+    primary = [values for found in pairs.values() for values in found[:len(PRIMARY)]]
+    secondary = [values for found in pairs.values() for values in found[len(PRIMARY):]]
     shown = decided(primary)
-    chances = [chance(values) for found in pairs.values() for values in found[:len(PRIMARY)]]
-    also = ", and still do by Holm's correction." if by_holm(chances) == shown else "."
+    also = ", and still do by Holm's correction." if by_holm(map(chance, primary)) == shown else "."
     yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}"
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
                        f"{WORDS[decided(secondary)]} exclude 0")
     every = sum(len(found[0]) for found in pairs.values())
     yield "claim.md", f"another layer or t in {moved} of the {every} pairs"
-    near, far = (apart(changes) for changes in pairs["uvit"][:2])
+    near, far = map(apart, pairs["uvit"][:2])
     most, few = (WORDS[len(closer)] for closer, _ in (near, far))
     yield FIRST, f"closer by the classifier in {most} of six pairs, by EfficientNet in {few}."
     closer, away = near
@@ -312,12 +315,10 @@ def shown_rows():
 def alone_rows():
     """How many intervals of z alone exclude 0."""
     runs = claim.read_runs()
-    cells, chances = [], []
+    found = []
     for _, name, z, _ in claim.NETWORKS:
-        alone = runs[name, z]
-        cells += claim.differences(alone, runs[name, "baseline"], PRIMARY)
-        chances += [chance(claim.paired(alone, runs[name, "baseline"], measure)) for measure in PRIMARY]
-    every, shown, stand = WORDS[len(cells)], WORDS[decided(cells)], WORDS[by_holm(chances)]
+        found += changes(runs[name, z], runs[name, "baseline"], PRIMARY)
+    every, shown, stand = WORDS[len(found)], WORDS[decided(found)], WORDS[by_holm(map(chance, found))]
     yield "claim.md", (f"Of z's {every} intervals of distances and probe {shown} exclude 0, "
                        f"{stand} by Holm's correction")
     yield FIRST, (f"of the {every} of z alone, in distances and probe, {shown} do, "
@@ -332,8 +333,7 @@ def added_rows():
         forms = claim.forms(z, weight)
         both = runs[name, forms["z + distillation"]]
         for form, added in (("z", to_z), ("distillation", to_distillation)):
-            alone = runs[name, forms[form]]
-            added[name] = [statistics.mean(claim.paired(both, alone, measure)) for measure in PRIMARY]
+            added[name] = [*map(statistics.mean, changes(both, runs[name, forms[form]], PRIMARY))]
     _, far, probe = to_z["dit"]
     yield "claim.md", f"adds {probe:.1f} points of the probe to z"
     yield "claim.md", f"samples are {far:.1f} % farther off by EfficientNet. - U-ViT"
