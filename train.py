@@ -1728,17 +1728,13 @@ def save(run, path):
     sums = finite_sums(run, path).tolist()
     if run.rank > 0:
         return
-    state = dict(images=run.images, config=resolved(run.cfg), model=run.net.state_dict(),
+    config = asdict(run.cfg) | dict(data=resolve(run.cfg.data))        # with the whole path
+    state = dict(images=run.images, config=config, model=run.net.state_dict(),
                  ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=sums, loss_count=run.meter.steps,
                  shape=list(run.data.images.shape[1:]), num_classes=run.net.num_classes,
                  classes=run.data.classes, counts=counts_of(run.data), latents=run.data.meta)
     save_file(path, lambda file: torch.save(state, file))
-
-
-def resolved(cfg):
-    """Its flags as a checkpoint keeps them, {name: value}: with the whole path of --data."""
-    return asdict(cfg) | dict(data=resolve(cfg.data))
 
 
 def counts_of(data):
@@ -1872,7 +1868,7 @@ def check_start(cfg, out, world, state=None):
             "or choose another --out.")
     if not state:
         return
-    mine, kind = resolved(cfg), cfg.data.partition(":")[0]
+    mine, kind = asdict(cfg), cfg.data.partition(":")[0]
     for name, value in asdict(state["config"]).items():
         # a folder may have moved: check_data looks into it
         moved = name == "data" and kind in ("folder", "latents") and value.startswith(f"{kind}:")
