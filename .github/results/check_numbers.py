@@ -320,8 +320,9 @@ def shown_rows():
     primary = [values for found in pairs.values() for values in found[:len(PRIMARY)]]
     secondary = [values for found in pairs.values() for values in found[len(PRIMARY):]]
     shown = decided(primary)
-    also = ", and still do by Holm's correction." if by_holm(map(chance, primary)) == shown else "."
-    yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}"
+    also = ", and still do by Holm's correction" if by_holm(map(chance, primary)) == shown else ""
+    yield "claim.md", f"Of the {WORDS[len(primary)]} primary intervals {WORDS[shown]} exclude 0{also}."
+    yield FIRST, f"of the {WORDS[len(primary)]} primary ones {WORDS[shown]} do{also};"
     yield "claim.md", (f"Of the {WORDS[len(secondary)]} secondary ones of this comparison "
                        f"{WORDS[decided(secondary)]} exclude 0")
     every = sum(len(found[0]) for found in pairs.values())
@@ -347,8 +348,7 @@ def alone_rows():
     every, shown, stand = WORDS[len(found)], WORDS[decided(found)], WORDS[by_holm(map(chance, found))]
     yield "claim.md", (f"Of z's {every} intervals of distances and probe {shown} exclude 0, "
                        f"{stand} by Holm's correction")
-    yield FIRST, (f"of the {every} of z alone, in distances and probe, {shown} do, "
-                  f"{stand} of them by Holm's correction")
+    yield FIRST, f"of z alone's {every} (distances, probe) {shown} do, {stand} of them by Holm's correction"
 
 
 def added_rows():
