@@ -261,9 +261,9 @@ def again_rows():
     yield "claim.md", (f"{min(distances):.1f} to {max(distances):.1f} % apart in distances, "
                        f"{min(probes):.1f} to {max(probes):.1f} points in the probe and "
                        f"{min(neighbours):.1f} to {max(neighbours):.1f} in k-NN")
-    once, again = (claim.paired({10: found["unet", "mid"][10]}, found["unet", "baseline"], PRIMARY[0])[0]
-                   for found in (runs, swapped))
-    yield "claim.md", f"by {once:.1f} % the first time, by {again:.1f} % the second"
+    before, after = (claim.paired({10: found["unet", "mid"][10]}, found["unet", "baseline"], PRIMARY[0])[0]
+                     for found in (runs, swapped))
+    yield "claim.md", f"by {before:.1f} % the first time, by {after:.1f} % the second"
     measures = [measure for measure in claim.MEASURES if measure[1][0] != "transfer"]   # of other pictures
     first, second = (
         ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, measures) for cell in cells]
