@@ -327,12 +327,12 @@ def shown_rows():
                        f"{WORDS[decided(secondary)]} exclude 0")
     every = sum(len(found[0]) for found in pairs.values())
     yield "claim.md", f"another layer or t in {moved} of the {every} pairs"
-    near, far = map(apart, pairs["uvit"][:2])
-    closer, away = near
+    near, far, *_ = pairs["uvit"]
+    closer, away = apart(near)
     yield "claim.md", (f"six, {WORDS[len(closer)]} come closer by the classifier, by {min(closer):.0f} to "
                        f"{max(closer):.0f} %, and {WORDS[len(away)]} move away, by {min(away):.1f} and "
                        f"{max(away):.1f} %")
-    closer, away = far
+    closer, away = apart(far)
     yield "claim.md", (f"by EfficientNet {WORDS[len(closer)]} comes closer, by {max(closer):.0f} %, and "
                        f"{WORDS[len(away)]} move away, by {min(away):.0f} to {max(away):.0f} %.")
     farther = WORDS[sum(min(both) > 0 for both in zip(*pairs["unet"][:2]))]
