@@ -469,6 +469,14 @@ def test_claim_tables(study, tmp_path, monkeypatch):
     assert f"| DiT 14.5 M | z vs baseline | {cells}" in differences
     assert "| DiT 14.5 M | z + distillation vs baseline | -10.0 | +0.0 | - |" in differences
     assert "| z + distillation vs distillation |" not in differences          # there is no such run
+    for line in lines:
+        line |= dict(knn=0.5, dense=dict(miou=0.25), images=line["seed"] * 100_000)
+    longer = {("dit", variant): {11: line | dict(images=4_400_000)}
+              for variant, line in (("baseline", lines[1]), ("block_6", lines[3]))}
+    runs = {form: {line["seed"]: line for line in lines if line["variant"] == form[1]} for form in longer}
+    rows = list(claim.growth_rows(runs, longer))
+    same = "10.00 / 9.40 | 100.0 / 100.0 | 62.0 / 64.0 | 50.0 / 50.0 | 25.0 / 25.0 | 0.1000 / 0.1000 |"
+    assert rows[2:] == [f"| DiT 14.5 M | 1.1 M | {same}", f"| DiT 14.5 M | 4.4 M | {same}"]
 
 
 def test_claim_curves(study, tmp_path):

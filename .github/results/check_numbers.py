@@ -264,12 +264,18 @@ def again_rows():
     before, after = (claim.paired({10: found["unet", "mid"][10]}, found["unet", "baseline"], PRIMARY[0])[0]
                      for found in (runs, swapped))
     yield "claim.md", f"by {before:.1f} % the first time, by {after:.1f} % the second"
-    measures = [measure for measure in claim.MEASURES if measure[1][0] != "transfer"]   # of other pictures
+    same = claim.SAME_PICTURES
     first, second = (
-        ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, measures) for cell in cells]
+        ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, same) for cell in cells]
         for found in (runs, swapped))
     turned = sum(old != new for old, new in zip(first, second))
     yield "claim.md", f"{turned} of the {len(first)} cells without transfer change sides"
+
+
+def growth_rows():
+    """Pairs of runs that were four times as long."""
+    longer = claim.read_runs(HERE / "growth.jsonl")
+    yield "claim.md", "\n".join(claim.growth_rows(claim.read_runs(), longer)) + "\n"
 
 
 def changes(ours, theirs, measures):
@@ -468,8 +474,8 @@ def on_one_line(text):
 def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows, demo_rows, path_rows, form_rows,
-                 rate_rows, seed_rows, again_rows, shown_rows, alone_rows, added_rows, curve_rows, mps_rows,
-                 latent_rows):
+                 rate_rows, seed_rows, again_rows, growth_rows, shown_rows, alone_rows, added_rows,
+                 curve_rows, mps_rows, latent_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):

@@ -28,6 +28,7 @@ MEASURES = [            # where a run says it, times what; digits of a level, of
     ("loss", ("loss",), 1, 4, 2, True),
 ]
 FIRST_PAGE = MEASURES[:4]
+SAME_PICTURES = [measure for measure in MEASURES if measure[1][0] != "transfer"]    # in every run
 COMPARED = [                                     # forms, against what; the first three: on the first page
     ("z", "baseline"),
     ("z + distillation", "baseline"),            # the primary comparison
@@ -151,8 +152,25 @@ def difference_rows(runs):
         yield f"| {title} | {against} | {' | '.join(cells)} |"
 
 
+def growth_rows(runs, longer):
+    """Pairs of longer runs beside those of the same seed: baseline / z."""
+    yield "| network | images | " + " | ".join(title for title, *_ in SAME_PICTURES) + " |"
+    yield "|---" * (2 + len(SAME_PICTURES)) + "|"
+    for title, name, z, _ in NETWORKS:
+        for seed in longer.get((name, z), {}):
+            for found in (runs, longer):
+                pair = [found[name, variant][seed] for variant in ("baseline", z)]
+                cells = [title, f"{pair[0]['images'] / 1e6:.1f} M"]
+                for _, place, factor, digits, *_ in SAME_PICTURES:
+                    cells.append(" / ".join(f"{value(run, place, factor):.{digits}f}" for run in pair))
+                yield f"| {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
-    runs = read_runs(parse(__doc__))
+    file = parse(__doc__)
+    runs = read_runs(file)
     print("\n".join(first_rows(runs)))
     print("\n".join(level_rows(runs)))
     print("\n".join(difference_rows(runs)))
+    if not file:
+        print("\n".join(growth_rows(runs, read_runs(HERE / "growth.jsonl"))))
