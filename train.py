@@ -226,6 +226,9 @@ def check_config(cfg):
     require(cfg.distill or not cfg.distill_images, "--distill-images needs a weight: add --distill 0.02.")
     require(not cfg.vae or not cfg.data.startswith("latents:"),
             f"{cfg.data} is encoded already: leave out --vae, or give images.")
+    require(not on_latents(cfg) or cfg.schedule != "cosine" or cfg.target == "v",       # a_999 is 5e-5
+            "--schedule cosine with target eps magnifies errors 600 times where no pixels can be clipped: "
+            "add --target v for latents.")
     require(not cfg.init or (cfg.schedule == "linear" and cfg.target in (None, "eps")),
             f"{cfg.init} says eps on the linear path: use --schedule linear and --target eps with --init.")
 

@@ -980,6 +980,8 @@ OTHERS = {"--model uvit": "model dit", "--size small": "size tiny", "--image-siz
     ("--data nonsense", "nonsense cifar10 folder: shapes"),
     ("--data shapes:half", "shapes:half shapes:full"),
     ("--data latents:nowhere --vae x", "latents:nowhere --vae"),
+    ("--data latents:nowhere --target eps", "cosine eps --target v"),
+    ("--vae x --target eps", "cosine eps --target v"),
     ("--model dit --image-size 10", "dit tiny 10 4"),
     ("--micro-batch 5", "--micro-batch 5 16"),
     ("--model resnet", "--model resnet unet uvit dit"),
