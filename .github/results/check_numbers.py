@@ -25,6 +25,7 @@ import train  # noqa: E402
 FIRST = "../../README.md"             # the first page, from here
 TITLES = {"unet": "UNet", "uvit": "U-ViT", "dit": "DiT"}
 PRIMARY = claim.MEASURES[:3]
+SAME = claim.SAME_PICTURES
 WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
 PEERS = {"unet": ("ddae", "DDAE", "fp16"), "uvit": ("uvit", "U-ViT", "fp16"), "dit": ("dit", "DiT", "TF32")}
 
@@ -264,18 +265,24 @@ def again_rows():
     before, after = (claim.paired({10: found["unet", "mid"][10]}, found["unet", "baseline"], PRIMARY[0])[0]
                      for found in (runs, swapped))
     yield "claim.md", f"by {before:.1f} % the first time, by {after:.1f} % the second"
-    same = claim.SAME_PICTURES
     first, second = (
-        ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, same) for cell in cells]
+        ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, SAME) for cell in cells]
         for found in (runs, swapped))
     turned = sum(old != new for old, new in zip(first, second))
     yield "claim.md", f"{turned} of the {len(first)} cells without transfer change sides"
+    one = {**runs["uvit", "baseline"], 15: runs["uvit", "baseline, again"][15]}
+    worse = claim.differences(runs["uvit", "mid distill 0.005"], one, PRIMARY)[1]
+    yield "claim.md", f"by EfficientNet, {worse} %"
 
 
 def growth_rows():
     """Pairs of runs that were four times as long."""
-    longer = claim.read_runs(HERE / "growth.jsonl")
-    yield "claim.md", "\n".join(claim.growth_rows(claim.read_runs(), longer)) + "\n"
+    runs, longer = claim.read_runs(), claim.read_runs(HERE / "growth.jsonl")
+    yield "claim.md", "\n".join(claim.growth_rows(runs, longer)) + "\n"
+    (near,), (far,), _, _, (dense,), _ = changes(longer["unet", "mid"], longer["unet", "baseline"], SAME)
+    before = claim.paired({10: runs["unet", "mid"][10]}, runs["unet", "baseline"], SAME[4])[0]
+    yield "claim.md", f"{-near:.1f} % closer by the classifier and {far:.1f} % farther off by EfficientNet"
+    yield "claim.md", f"dense features know {-dense:.1f} points less ({-before:.1f} less in this seed"
 
 
 def changes(ours, theirs, measures):
