@@ -32,7 +32,7 @@ import warnings
 import zipfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -275,6 +275,10 @@ def to_config(saved):
     """{name: value} that a run has written -> Config. Raises UserError."""
     unknown = sorted(saved.keys() - {f.name for f in fields(Config)})
     require(not unknown, f"written by other code: unknown {', '.join(unknown)}")
+    for f in fields(Config):
+        value = saved.get(f.name)
+        kinds = (int, float) if f.type is float else f.type
+        require(value is None or isinstance(value, kinds), f"{f.name} {value!r} is no {f.type.__name__}")
     return Config(**saved)
 
 
@@ -286,7 +290,7 @@ def flags_of_run(out):
     except FileNotFoundError:
         return {}
     except Exception as e:                          # a file that is damaged raises many kinds
-        raise UserError(f"{path} is no whole config.json ({e}): give all flags by hand, with another --out.")
+        raise UserError(f"{path} is no whole config.json ({e}): remove it and give all flags by hand.")
 
 
 def parse_config(argv=None):
@@ -336,7 +340,8 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
                                             f"{image_size}: leave --image-size out.")
         return data
     if vae:
-        with alone(spec):
+        folder = in_every_process(lambda: folder_of(spec) if spec.startswith("folder:") else Path())
+        with alone(folder, lambda: say("another program makes latents of these images: waiting for it")):
             made = encode(spec, image_size, vae, device, skip_bad, check)
         return in_every_process(lambda: load_latents(made, split))
     if spec.startswith("folder:"):
@@ -487,7 +492,7 @@ def open_image(path):
     if not path.is_file():                          # a pipe would never end
         raise ValueError("it is no file, or a link to none")
     with Image.open(path) as image:
-        grey16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+        grey16 = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
         if image.mode in ("I", "F") and not grey16:
             raise ValueError("its pixels are numbers without a white")
         image.load()
@@ -790,26 +795,27 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
 
 
 @contextmanager
-def alone(spec):
-    """One program a machine at a time goes on behind this: two runs begun together encode a data set once."""
-    folder = in_every_process(lambda: folder_of(spec) if spec.startswith("folder:") else Path())
-    with ExitStack() as stack:
-        if is_first():                              # the others wait for it as for anything it does
-            with suppress(OSError, ImportError):    # not every drive knows locks, nor does Windows
-                stack.callback(os.close, lock(folder))           # lets go, as the end of a program does
-        yield
-
-
-def lock(folder):
-    """Opens a folder with its lock -> its file number. Waits, and says so, while another program has it."""
-    import fcntl
-    fd = os.open(folder, os.O_RDONLY)
+def alone(folder, busy):
+    """One program a machine at a time is behind this; where another is, calls busy() and waits."""
+    fd = in_every_process(lambda: lock(folder, busy) if is_first() else None)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say("another program makes latents of these images: waiting for it")
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    return fd
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)                            # lets go, as the end of a program does
+
+
+def lock(folder, busy):
+    """Opens a folder with its lock -> its file number; None where there are none: some drives, Windows."""
+    with suppress(OSError, ImportError):
+        import fcntl
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
 
 
 def stamp_of_latents(spec, size, name):
@@ -946,6 +952,8 @@ def check_meta(meta):
 
 def load_latents(root, split):
     """What encode wrote; it stays in its file and is read where it is indexed. Raises UserError."""
+    require((root / split).is_dir() or not (root / "meta.json").exists(),
+            f"{root} has no {split} latents: put images into {split}/<class>/ and encode them all anew.")
     try:
         meta = json.loads((root / "meta.json").read_text())
         meta.pop("stamp", None)                     # of the files; the run is of what they hold
@@ -1726,13 +1734,17 @@ def finite_sums(run, path):
     return sums
 
 
+def with_paths(cfg):
+    """Config -> {name: value}, its folders by their whole paths: what a checkpoint holds."""
+    return asdict(cfg) | dict(data=resolve(cfg.data), vae=cfg.vae and whole_name(cfg.vae))
+
+
 def save(run, path):
     """Writes the checkpoint; a state that is not finite is never saved. Raises UserError."""
     sums = finite_sums(run, path).tolist()
     if run.rank > 0:
         return
-    config = asdict(run.cfg) | dict(data=resolve(run.cfg.data))        # with the whole path
-    state = dict(images=run.images, config=config, model=run.net.state_dict(),
+    state = dict(images=run.images, config=with_paths(run.cfg), model=run.net.state_dict(),
                  ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=sums, loss_count=run.meter.steps,
                  shape=list(run.data.images.shape[1:]), num_classes=run.net.num_classes,
@@ -1871,7 +1883,7 @@ def check_start(cfg, out, world, state=None):
             "or choose another --out.")
     if not state:
         return
-    mine, kind = asdict(cfg), cfg.data.partition(":")[0]
+    mine, kind = with_paths(cfg), cfg.data.partition(":")[0]
     for name, value in asdict(state["config"]).items():
         # a folder may have moved: check_data looks into it
         moved = name == "data" and kind in ("folder", "latents") and value.startswith(f"{kind}:")
@@ -1952,20 +1964,29 @@ def train(cfg):
     check_data(cfg, data, state)
     run = Run(cfg, data, device, state, weights)
     vae = vae_of(data.meta, device) if rank == 0 else None
-    start_log(run, out, resumed=state is not None)
-    if cfg.size == "tiny":
-        flags = {name: getattr(cfg, name) for name in [*TINY, "conditional", "decay"]}
+    in_every_process(lambda: is_first() and out.mkdir(parents=True, exist_ok=True))
+    busy = f"another program trains in {out}: wait for its end, or choose another --out."
+    with alone(out, lambda: require(False, busy)):
+        fit(run, out, vae, resumed=state is not None)
+
+
+def fit(run, out, vae, resumed):
+    """From where a run stands to its end; the last line says where the results lie."""
+    path = out / "checkpoint.pt"
+    start_log(run, out, resumed)
+    if run.cfg.size == "tiny":
+        flags = {name: getattr(run.cfg, name) for name in [*TINY, "conditional", "decay"]}
         say(f"tiny networks have flags of their own: {flags}")
-    say(f"{cfg.model} {cfg.size}: {run.parameters:,} parameters, {len(data.images):,} images, "
-        f"{world} x {device}")
+    say(f"{run.cfg.model} {run.cfg.size}: {run.parameters:,} parameters, {len(run.data.images):,} images, "
+        f"{run.world} x {run.device}")
 
     begun = time.time()
     run.meter.time = begun
     start = run.images
-    with progress(total=cfg.images, initial=start, unit="img", unit_scale=True) as bar:
+    with progress(total=run.cfg.images, initial=start, unit="img", unit_scale=True) as bar:
         signalled = loop(run, out, vae, begun, bar)
 
-    if run.images > start or not state:
+    if run.images > start or not resumed:
         save(run, path)
     if signalled:
         say(f"stopped by {signal.Signals(signalled).name} at {run.images:,} images; checkpoint: {path}; "

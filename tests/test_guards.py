@@ -16,7 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 import probe
 import sample
 import train
-from conftest import COLOURS, CPU, MOVES, ROOT, argv, folder, load, refused, run, same, tree
+from conftest import (COLOURS, CPU, MOVES, ROOT, argv, end, folder, fork_two, load, refused, run, same,
+                      train_in_fork, tree)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -201,12 +202,31 @@ def test_resume_of_other_code(old_run, capsys):
     (old_run / "config.json").write_text(json.dumps(config | dict(min_snr=5)))
     with refused(capsys, "config.json", "other code", "min_snr"):
         train.main(["--resume", "--out", str(old_run)])
+    (old_run / "config.json").write_text(json.dumps(config | dict(lr="fast")))
+    with refused(capsys, "config.json", "lr 'fast' is no float", "remove it"):
+        train.main(["--resume", "--out", str(old_run)])
+    (old_run / "config.json").unlink()
+    assert run(old_run, "--resume --images 64")["images"] == 64              # all flags by hand
     state = load(old_run)
     state["config"]["min_snr"] = 5
     torch.save(state, old_run / "checkpoint.pt")
     for main in (sample.main, probe.main):
         with refused(capsys, "checkpoint.pt", "other code", "min_snr"):
             main([str(old_run), "--device", "cpu"])
+
+
+def test_two_programs(old_run, capsys):
+    """Where another program trains in a folder, all processes of a second one end; nothing is written."""
+    before = tree(old_run)
+    other = train.lock(old_run, None)
+    with refused(capsys, "another program trains in", "run", "--out"):
+        train.main(argv(old_run, "--resume --images 64"))
+    both = fork_two(train_in_fork, argv(old_run, "--resume --images 64"))
+    assert [end(process)[0] for process in both] == [2, 2]
+    assert tree(old_run) == before
+    os.close(other)
+    for images in (64, 96):                         # the lock goes with its holder
+        assert run(old_run, f"--resume --images {images}")["images"] == images
 
 
 def test_old_log_is_kept(old_run, capsys):

@@ -192,6 +192,8 @@ def test_place(mine, vae, tmp_path, monkeypatch):
         encode(mine, vae)
     flat = encode(mine / "train/a", vae)
     assert names(flat) == ["meta.json", "train"] and both_of(flat).shape[1] == N // 2
+    with pytest.raises(train.UserError, match="put images into test/<class>/"):
+        train.load_latents(flat, "test")
 
 
 def test_other_vae(mine, vae, tmp_path):
@@ -525,6 +527,18 @@ def test_useless_vae(mine, vae, tmp_path, monkeypatch, capsys, value, words):
     with refused(capsys, words):
         train.main(flags(mine, vae, tmp_path / "run"))
     assert tree(tmp_path) == before
+
+
+def test_from_elsewhere(mine, vae, tmp_path, monkeypatch):
+    """A run on latents is probed from any folder, though its images and its VAE were named from its own."""
+    shutil.copytree(vae, tmp_path / "vae")
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train.main(flags("photos", "vae", "run"))
+    train.main(flags("photos", "else/../vae", "run", "--resume --images 24"))
+    monkeypatch.chdir("else")
+    probe.main("../run --t 1 --device cpu".split())
+    assert Path("../run/probe.json").exists()
 
 
 def test_resume_on_other_latents(mine, vae, tmp_path, capsys):

@@ -572,7 +572,7 @@ def test_upright(tmp_path, suffix, grey):
         assert error(image, np.ascontiguousarray(turn(stored).transpose(2, 0, 1))) < 60
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_sixteen_bits(tmp_path, suffix):
     """A grey image of 16 bits keeps its brightness; numbers without a white are refused by name."""
     for value in (0, 90, 255):
