@@ -796,7 +796,7 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
 
 @contextmanager
 def alone(folder, busy):
-    """One program a machine at a time is behind this; where another is, calls busy() and waits."""
+    """One program a machine at a time is behind this; where another is, calls busy(), then waits."""
     fd = in_every_process(lambda: lock(folder, busy) if is_first() else None)
     try:
         yield
@@ -1927,7 +1927,7 @@ def loop(run, out, vae, begun, bar):
         advance(run)
         bar.update(run.cfg.batch_size)
         spent, signalled = stop_requested(run, begun, asked)
-        over = spent or signalled                   # then train saves and draws
+        over = spent or signalled                   # then fit saves and draws
         full = run.meter.steps == LOG_STEPS
         if full or over:
             log(run, out, begun, bar)
@@ -1941,6 +1941,7 @@ def loop(run, out, vae, begun, bar):
 
 
 def train(cfg):
+    """Makes a run, or one that goes on, and brings it to its end. Raises UserError."""
     out = Path(cfg.out)
     path = out / "checkpoint.pt"
     device, rank, world = setup(cfg.device)
@@ -1971,7 +1972,7 @@ def train(cfg):
 
 
 def fit(run, out, vae, resumed):
-    """From where a run stands to its end; the last line says where the results lie."""
+    """Trains from where a run stands to its end; the last line says where the results lie."""
     path = out / "checkpoint.pt"
     start_log(run, out, resumed)
     if run.cfg.size == "tiny":
