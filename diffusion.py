@@ -266,7 +266,7 @@ class GaussianDiffusion:
                   heun  their mean over both ends of the step; asks the network twice, in the last step once
                   ddpm  ancestral, with its smaller variance (arXiv 2006.11239, eq. 7); of linear and cosine
         guidance  1: off
-        clip      bound the predicted x0 to [-1, 1] at every step; False for latents
+        clip      bound the predicted x0 to [-1, 1] at every step; False for latents (cosine: with v alone)
         randn     gives the noise of a step of ddpm, called with a tensor like x_t
         trace     a list that receives (t, scale x_t, predicted x0) of every step
         Raises ValueError for a sampler that is unknown here, steps out of range, guidance without y or null.

@@ -1734,22 +1734,22 @@ def finite_sums(run, path):
     return sums
 
 
-def with_paths(cfg):
-    """Config -> {name: value}, its folders by their whole paths: what a checkpoint holds."""
-    return asdict(cfg) | dict(data=resolve(cfg.data), vae=cfg.vae and whole_name(cfg.vae))
-
-
 def save(run, path):
     """Writes the checkpoint; a state that is not finite is never saved. Raises UserError."""
     sums = finite_sums(run, path).tolist()
     if run.rank > 0:
         return
-    state = dict(images=run.images, config=with_paths(run.cfg), model=run.net.state_dict(),
+    state = dict(images=run.images, config=resolved(run.cfg), model=run.net.state_dict(),
                  ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(),
                  scaler=run.scaler.state_dict(), loss_sums=sums, loss_count=run.meter.steps,
                  shape=list(run.data.images.shape[1:]), num_classes=run.net.num_classes,
                  classes=run.data.classes, counts=counts_of(run.data), latents=run.data.meta)
     save_file(path, lambda file: torch.save(state, file))
+
+
+def resolved(cfg):
+    """Its flags as a checkpoint keeps them, {name: value}: with the whole paths of --data and --vae."""
+    return asdict(cfg) | dict(data=resolve(cfg.data), vae=cfg.vae and whole_name(cfg.vae))
 
 
 def counts_of(data):
@@ -1883,7 +1883,7 @@ def check_start(cfg, out, world, state=None):
             "or choose another --out.")
     if not state:
         return
-    mine, kind = with_paths(cfg), cfg.data.partition(":")[0]
+    mine, kind = resolved(cfg), cfg.data.partition(":")[0]
     for name, value in asdict(state["config"]).items():
         # a folder may have moved: check_data looks into it
         moved = name == "data" and kind in ("folder", "latents") and value.startswith(f"{kind}:")

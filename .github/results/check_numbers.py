@@ -262,8 +262,7 @@ def again_rows():
     yield "claim.md", (f"{min(distances):.1f} to {max(distances):.1f} % apart in distances, "
                        f"{min(probes):.1f} to {max(probes):.1f} points in the probe and "
                        f"{min(neighbours):.1f} to {max(neighbours):.1f} in k-NN")
-    before, after = (claim.paired({10: found["unet", "mid"][10]}, found["unet", "baseline"], PRIMARY[0])[0]
-                     for found in (runs, swapped))
+    before, after = (tenth_pair(found, PRIMARY[0]) for found in (runs, swapped))
     yield "claim.md", f"by {before:.1f} % the first time, by {after:.1f} % the second"
     first, second = (
         ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, SAME) for cell in cells]
@@ -279,10 +278,15 @@ def growth_rows():
     """Pairs of runs that were four times as long."""
     runs, longer = claim.read_runs(), claim.read_runs(HERE / "growth.jsonl")
     yield "claim.md", "\n".join(claim.growth_rows(runs, longer)) + "\n"
-    (near,), (far,), _, _, (dense,), _ = changes(longer["unet", "mid"], longer["unet", "baseline"], SAME)
-    before = claim.paired({10: runs["unet", "mid"][10]}, runs["unet", "baseline"], SAME[4])[0]
+    near, far, _, _, dense, _ = (tenth_pair(longer, measure) for measure in SAME)
+    before = tenth_pair(runs, SAME[4])
     yield "claim.md", f"{-near:.1f} % closer by the classifier and {far:.1f} % farther off by EfficientNet"
     yield "claim.md", f"dense features know {-dense:.1f} points less ({-before:.1f} less in this seed"
+
+
+def tenth_pair(runs, measure):
+    """What z changes in the UNet's pair of seed 10."""
+    return claim.paired({10: runs["unet", "mid"][10]}, runs["unet", "baseline"], measure)[0]
 
 
 def changes(ours, theirs, measures):
