@@ -262,7 +262,7 @@ def again_rows():
     yield "claim.md", (f"{min(distances):.1f} to {max(distances):.1f} % apart in distances, "
                        f"{min(probes):.1f} to {max(probes):.1f} points in the probe and "
                        f"{min(neighbours):.1f} to {max(neighbours):.1f} in k-NN")
-    before, after = (tenth_pair(found, PRIMARY[0]) for found in (runs, swapped))
+    before, after = (tenth_pair(found, "unet", "mid")[0] for found in (runs, swapped))
     yield "claim.md", f"by {before:.1f} % the first time, by {after:.1f} % the second"
     first, second = (
         ["**" in cell for *_, cells in claim.compared(found, claim.COMPARED, SAME) for cell in cells]
@@ -278,15 +278,28 @@ def growth_rows():
     """Pairs of runs that were four times as long."""
     runs, longer = claim.read_runs(), claim.read_runs(HERE / "growth.jsonl")
     yield "claim.md", "\n".join(claim.growth_rows(runs, longer)) + "\n"
-    near, far, _, _, dense, _ = (tenth_pair(longer, measure) for measure in SAME)
-    before = tenth_pair(runs, SAME[4])
-    yield "claim.md", f"{-near:.1f} % closer by the classifier and {far:.1f} % farther off by EfficientNet"
-    yield "claim.md", f"dense features know {-dense:.1f} points less ({-before:.1f} less in this seed"
+    short, long = (tenth_pair(found, "dit", "block_6") for found in (runs, longer))
+    yield "claim.md", (f"{-long[0]:.1f} % closer by the classifier ({-short[0]:.1f} % in this seed "
+                       f"after 1.4 million), but {long[1]:.1f} % farther off by EfficientNet "
+                       f"({-short[1]:.1f} % closer)")
+    yield "claim.md", (f"the probe is {-long[2]:.1f} points lower ({short[2]:.1f} higher), "
+                       f"neighbours {-long[3]:.1f} lower ({short[3]:.1f} higher)")
+    short, long = (tenth_pair(found, "unet", "mid") for found in (runs, longer))
+    yield "claim.md", (f"{-long[0]:.1f} % closer by the classifier and {long[1]:.1f} % farther off by "
+                       f"EfficientNet")
+    yield "claim.md", (f"dense features know {-long[4]:.1f} points less "
+                       f"({-short[4]:.1f} less; undecided over six)")
+    losses = longer["uvit", "baseline"][10]["losses_of_50k"]
+    low, high = losses.index(min(losses)), losses.index(max(losses[1:]))
+    yield "claim.md", (f"from {losses[low]:.3f} after {(low + 1) / 20:.0f} million images to "
+                       f"{losses[high]:.3f} after {(high + 1) / 20:.1f} million, and came back to "
+                       f"{losses[-1]:.3f} only")
 
 
-def tenth_pair(runs, measure):
-    """What z changes in the UNet's pair of seed 10."""
-    return claim.paired({10: runs["unet", "mid"][10]}, runs["unet", "baseline"], measure)[0]
+def tenth_pair(runs, network, variant):
+    """What z changes in the pair of seed 10, measure by measure."""
+    ours = {10: runs[network, variant][10]}
+    return [values[0] for values in changes(ours, runs[network, "baseline"], SAME)]
 
 
 def changes(ours, theirs, measures):
