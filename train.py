@@ -279,6 +279,8 @@ def to_config(saved):
         value = saved.get(f.name)
         kinds = (int, float) if f.type is float else f.type
         require(value is None or isinstance(value, kinds), f"{f.name} {value!r} is no {f.type.__name__}")
+    model, size = saved.get("model"), saved.get("size")
+    require(model in MODELS and size in MODELS[model].SIZES, f"there is no network {model} {size} here")
     return Config(**saved)
 
 
@@ -349,7 +351,8 @@ def load_data(spec, split, image_size=None, skip_bad=False, vae=None, device="cp
     if spec in ("cifar10", "cifar100"):
         data = load_cifar(spec, split)
         size = image_size or 32
-        return data._replace(images=resize(data.images, [size, size], antialias=True))
+        parts = data.images.split(1000)             # in float32 all at once may not fit
+        return data._replace(images=torch.cat([resize(x, [size, size], antialias=True) for x in parts]))
     if spec in ("shapes", "shapes:full"):
         n, seed = (50_000, 0) if split == "train" else (5_000, 1)
         return Data(*draw_shapes(n, seed, image_size or 16, full=spec == "shapes:full"))
@@ -510,6 +513,8 @@ def decode(path, size, skip_bad):
     try:
         return pil_to_tensor(ImageOps.fit(open_image(path), (size, size)))
     except Exception as e:                          # Pillow raises many kinds for broken files
+        if is_out_of_memory(e):
+            raise
         require(skip_bad, f"cannot read the image {path} ({e}): repair or remove it, or pass --skip-bad.")
         return None
 
@@ -755,7 +760,7 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
     channel over the training part, by which the network sees unit variance, and a stamp of files and VAE. It
     is renamed to its name once it is whole. Each process encodes a share. Raises UserError.
     """
-    stamp = in_every_process(lambda: stamp_of_latents(spec, size, name))
+    stamp = from_first(lambda: stamp_of_latents(spec, size, name))
     out, whole = from_first(lambda: find_latents(spec, size, name, stamp))
     if whole:
         return out
@@ -774,12 +779,12 @@ def encode(spec, size, name, device, skip_bad=False, check=None):
     part = from_first(lambda: make_folder(out))
     try:
         try:                                        # the small part first: its errors cost less
-            images, labels, _ = in_every_process(lambda: list_images(spec, "test", size, skip_bad))
+            images, labels, _ = list_images(spec, "test", size, skip_bad)
         except UserError as e:
             say(f"without a test part, which probes need: {e}")
         else:
             encode_split(vae, images, labels, part / "test", size, shape)
-        images, labels, classes = in_every_process(lambda: list_images(spec, "train", size, skip_bad))
+        images, labels, classes = list_images(spec, "train", size, skip_bad)
         number, total, squares = encode_split(vae, images, labels, part / "train", size, shape)
         mean = total / number
         std = (squares / number - mean ** 2).sqrt()
@@ -820,16 +825,18 @@ def lock(folder, busy):
 
 def stamp_of_latents(spec, size, name):
     """What changes when the images or the VAE do."""
-    parts = [spec, size, whole_name(name)]
+    parts = [size, whole_name(name)]
     if Path(name).is_dir():
         vae = Path(name).resolve()
         parts.append(stamp_of(vae, sorted(p for p in vae.iterdir() if p.is_file())))
     if spec.startswith("folder:"):
-        root = parts[0] = folder_of(spec)
+        root = folder_of(spec)
         for split in ("train", "test"):
             with suppress(UserError):               # there may be no test part; encode says it of train
                 parts.append(stamp_of(root, list_folder(root, split)[0]))
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+    else:
+        parts.append(spec)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def whole_name(vae):
@@ -889,10 +896,11 @@ def list_images(spec, split, size, skip_bad):
     if not spec.startswith("folder:"):
         data = load_data(spec, split, size)
         return data.images, data.labels, data.classes
-    files, labels, classes = list_folder(folder_of(spec), split)
+    root = folder_of(spec)
+    files, labels, classes = in_every_process(lambda: list_folder(root, split))
     if skip_bad:
-        _, good = decode_all(files, 8, skip_bad)                             # 8 pixels: only to see which
-        labels = leave_out(good, labels, classes, folder_of(spec), split)
+        _, good = decode_together(files, 8, skip_bad, split)                 # 8 pixels: only to see which
+        labels = leave_out(good, labels, classes, root, split)
         files = [path for path, fine in zip(files, good) if fine]
     return files, labels, classes
 
@@ -927,7 +935,7 @@ def encode_share(vae, source, folder, start, stop, size):
             x = to_x0(images.to(vae.device), None)
             for half, view in enumerate((x, x.flip(3))):
                 z = to_latents(vae, view).half().cpu()                       # (n, C, h, w)
-                require(z.isfinite().all(), "the VAE makes latents that float16 does not hold.")
+                require(z.isfinite().all(), "the VAE makes latents beyond float16: choose another --vae.")
                 file.seek(latents.offset + (half * latents.shape[1] + k) * latents[0, 0].nbytes)
                 file.write(z.numpy().tobytes())
                 z = z.double()
@@ -1054,8 +1062,8 @@ def from_first(work):
 
 def is_out_of_memory(error):
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # torch, of a CPU's, the same on Windows, a Mac's
-    words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
+    # torch, of a CPU's, the same on Windows, a GPU's
+    words = "can't allocate memory", "not enough memory", "out of memory"
     return known or any(text in str(error) for text in words)
 
 
@@ -1167,6 +1175,8 @@ def save_file(path, write, stale=None):
         os.replace(part, path)
         flush(path.parent)
     except (OSError, RuntimeError) as e:            # torch.save turns a full disk into a RuntimeError
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"could not write {path} ({e}), it is as it was: make room, go on (train: --resume).")
     finally:
         with suppress(OSError):
@@ -1278,6 +1288,8 @@ def read_checkpoint(path):
         weights = [*state["model"].values(), *state["ema"].values()]
         require(all(w.isfinite().all() for w in weights), "a weight is not finite")
     except Exception as e:                          # torch raises many kinds
+        if is_out_of_memory(e):
+            raise
         why = str(e) if isinstance(e, UserError) else type(e).__name__
         raise UserError(f"{path} is no whole checkpoint of this code ({why}): use the code that wrote it, "
                         "restore a copy, or train anew.")
@@ -1456,13 +1468,13 @@ class Batches:
         B = self.cfg.batch_size
         g = torch.Generator().manual_seed(mix(self.cfg.seed, step, 0))
         N = len(self.labels)                        # fewer than B: some are there more than once
-        i = torch.cat([torch.randperm(N, generator=g) for _ in range(0, B, N)])[:B][self.mine]
-        j = i
+        label_at = torch.cat([torch.randperm(N, generator=g) for _ in range(0, B, N)])[:B][self.mine]
+        image_at = label_at
         if self.moments is not None:                # half are the latents of flipped images
-            j = i + N * (torch.rand(B, generator=g)[self.mine] < 0.5)
+            image_at = label_at + N * (torch.rand(B, generator=g)[self.mine] < 0.5)
         if self.resident:
-            i, j = self.send(i), self.send(j)
-        return self.pin(self.images[j]), self.pin(self.labels[i])
+            label_at, image_at = self.send(label_at), self.send(image_at)
+        return self.pin(self.images[image_at]), self.pin(self.labels[label_at])
 
     def pin(self, x):
         """Where the GPU fetches it while the host goes on."""
@@ -1793,9 +1805,10 @@ def start_log(run, out, resumed):
     lines = whole_lines(path, run.images) if path.exists() else [json.dumps(log_head(run))]
     text = "".join(line + "\n" for line in lines)
     save_file(path, lambda file: file.write(text.encode()))
-    for part in out.glob(f"*.{8 * '[0-9a-f]'}.part"):            # save_file's, of a run that was killed
-        with suppress(OSError):
-            part.unlink()
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples-*"):  # of a run that was killed
+        for part in out.glob(f"{name}.*.part"):
+            with suppress(OSError):
+                part.unlink()
 
 
 def log_head(run):
@@ -1940,6 +1953,11 @@ def loop(run, out, vae, begun, bar):
     return signalled
 
 
+def time_of(path):
+    """When a file was written; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def train(cfg):
     """Makes a run, or one that goes on, and brings it to its end. Raises UserError."""
     out = Path(cfg.out)
@@ -1947,6 +1965,7 @@ def train(cfg):
     device, rank, world = setup(cfg.device)
 
     # whatever can be wrong is found before the run writes anything
+    before = from_first(lambda: time_of(path))
     state = None
     if cfg.resume:
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
@@ -1965,9 +1984,11 @@ def train(cfg):
     check_data(cfg, data, state)
     run = Run(cfg, data, device, state, weights)
     vae = vae_of(data.meta, device) if rank == 0 else None
-    in_every_process(lambda: is_first() and out.mkdir(parents=True, exist_ok=True))
+    from_first(lambda: out.mkdir(parents=True, exist_ok=True))
     busy = f"another program trains in {out}: wait for its end, or choose another --out."
     with alone(out, lambda: require(False, busy)):
+        require(from_first(lambda: time_of(path)) == before,
+                f"{path} was written by another program meanwhile: add --resume, or choose another --out.")
         fit(run, out, vae, resumed=state is not None)
 
 

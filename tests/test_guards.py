@@ -205,14 +205,17 @@ def test_resume_of_other_code(old_run, capsys):
     (old_run / "config.json").write_text(json.dumps(config | dict(lr="fast")))
     with refused(capsys, "config.json", "lr 'fast' is no float", "remove it"):
         train.main(["--resume", "--out", str(old_run)])
+    (old_run / "config.json").write_text(json.dumps(config | dict(size="huge")))
+    with refused(capsys, "config.json", "no network dit huge", "remove it"):
+        train.main(["--resume", "--out", str(old_run)])
     (old_run / "config.json").unlink()
     assert run(old_run, "--resume --images 64")["images"] == 64              # all flags by hand
     state = load(old_run)
-    state["config"]["min_snr"] = 5
-    torch.save(state, old_run / "checkpoint.pt")
-    for main in (sample.main, probe.main):
-        with refused(capsys, "checkpoint.pt", "other code", "min_snr"):
-            main([str(old_run), "--device", "cpu"])
+    for change, words in ((dict(min_snr=5), ["other code", "min_snr"]), (dict(size="huge"), ["dit huge"])):
+        torch.save(state | dict(config=state["config"] | change), old_run / "checkpoint.pt")
+        for main in (sample.main, probe.main):
+            with refused(capsys, "checkpoint.pt", *words):
+                main([str(old_run), "--device", "cpu"])
 
 
 def test_two_programs(old_run, capsys):
@@ -227,6 +230,21 @@ def test_two_programs(old_run, capsys):
     os.close(other)
     for images in (64, 96):                         # the lock goes with its holder
         assert run(old_run, f"--resume --images {images}")["images"] == images
+
+
+@pytest.mark.parametrize("name, flags", [("new", ""), ("old", "--resume --images 64")])
+def test_a_program_that_ends_meanwhile(old_run, tmp_path, monkeypatch, capsys, name, flags):
+    """What another program wrote into a folder while this one still loaded its data stays."""
+    out, asked = dict(new=tmp_path / "new", old=old_run)[name], train.load_data
+
+    def load_slowly(*args, **kwargs):
+        out.mkdir(exist_ok=True)
+        (out / "checkpoint.pt").write_bytes(b"its end")
+        return asked(*args, **kwargs)
+    monkeypatch.setattr(train, "load_data", load_slowly)
+    with refused(capsys, "checkpoint.pt was written by another program", "--resume", "--out"):
+        train.main(argv(out, flags))
+    assert (out / "checkpoint.pt").read_bytes() == b"its end"
 
 
 def test_old_log_is_kept(old_run, capsys):
@@ -577,6 +595,20 @@ def test_no_memory(old_run, tmp_path, monkeypatch, capsys, program, flags):
     monkeypatch.setattr(program, {train: "train_step", sample: "draw", probe: "study"}[program], no_memory)
     with refused(capsys, "memory", flags):
         program.main(argv(tmp_path / "other") if program is train else [str(old_run), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("work", [
+    lambda run: train.decode(run / "samples-32.png", 8, skip_bad=True),
+    lambda run: train.read_checkpoint(run / "checkpoint.pt"),
+    lambda run: train.save_file(run / "checkpoint.pt", torch.load)])
+def test_no_memory_is_no_broken_file(old_run, monkeypatch, work):
+    """Where the memory is too small for a file, nothing calls it broken, or the disk full."""
+    before = tree(old_run)
+    monkeypatch.setattr(train, "open_image", no_memory)
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        work(old_run)
+    assert tree(old_run) == before
 
 
 def test_grid_in_parts(tmp_path, monkeypatch):

@@ -230,6 +230,11 @@ def test_used_again(mine, vae, tmp_path, monkeypatch):
     assert anew(other) == (f"photos-{SIZE}px-other", True)
     monkeypatch.chdir(tmp_path)                     # the same folder by a shorter name
     assert anew("other") == (f"photos-{SIZE}px-other", False)
+    (tmp_path / "moved").mkdir()
+    for name in ("photos", first):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    mine = tmp_path / "moved/photos"
+    assert anew() == (first, False)
 
 
 def test_broken_images(latents, mine, vae, tmp_path, capsys):
@@ -282,6 +287,20 @@ def test_two_processes(mine, latents, vae, tmp_path):
     train.main(flags(mine, vae, tmp_path / "one"))
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert error(one["ema"], two["ema"]) < 1e-5 and (tmp_path / "two/samples-16.png").exists()
+
+
+def encode_in_fork(photos, vae):
+    train.encode(f"folder:{photos}", SIZE, str(vae), train.setup("cpu")[0], skip_bad=True)
+
+
+def test_two_processes_skip_bad(mine, latents, vae):
+    """Two processes leave out the same broken images, each of which one of them found."""
+    bad, files = [0, N - 1], sorted((mine / "train").rglob("*.png"))
+    for i in bad:
+        files[i].write_bytes(b"")
+    both = fork_two(encode_in_fork, mine, vae)
+    assert [end(process, 120)[0] for process in both] == [0, 0]
+    assert close(both_of(mine.with_name(latents.name)), np.delete(both_of(latents), bad, 1))
 
 
 # --- latents as data ---
