@@ -76,7 +76,7 @@ def parse(argv):
          help="images of a forward pass; another size draws other noise [500]")
     args = parser.parse_args(argv)
     require(bool(args.run or args.weights) != bool(args.compare),
-            "give either the folder of a run, or --weights, or --compare and some.")
+            "give either the folder of a run, before the flags, or --weights, or --compare and some.")
     if args.compare:
         for name, value in vars(args).items():
             fits = name in ("compare", "task", "data")
@@ -559,7 +559,7 @@ def draw_curves(results, file):
     heading = [(summary(result), colour) for result, colour in zip(results, cycle(LINES))]
     curves = [[100 * max(row) for row in result["held_out"]] for result in results]
     ends = axis(min(map(min, curves)), max(map(max, curves)))
-    right, bottom = 130 + max(900, 110 * len(curves[0])), 560 + 36 * len(results)
+    right, bottom = 130 + max(900, 110 * max(map(len, curves))), 560 + 36 * len(results)
     picture, pen = canvas(right + 80, bottom + 30 + 30 * len(results), [(what, "black"), *heading])
     draw_grid(pen, ends, right, bottom)
     for n, (result, curve, (_, colour)) in enumerate(zip(results, curves, heading)):
@@ -611,8 +611,8 @@ def compare(args):
 
 def load_parts(spec, state, args, device):
     """-> training images in random order, as many as are used; test images; class names."""
+    test, _ = load(spec, "test", args.task, state, device)      # the small part first: its errors cost less
     train, classes = load(spec, "train", args.task, state, device)
-    test, _ = load(spec, "test", args.task, state, device)
     K, N = len(classes), len(train.images)
     usual = SOME_SHAPES if spec.startswith("shapes") else N
     most = min(args.images or usual, N)

@@ -27,9 +27,9 @@ from torchvision.utils import make_grid
 
 from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, UserError, add_source, check_source, check_writable, command,
-                   compile_parts, finite, load_data, load_source, moments_of, pick_autocast, progress,
-                   reason, require, save_file, save_grid, say, seeded_noise, setup, to_pixels, to_uint8,
-                   to_x0, vae_of, whole_number)
+                   compile_parts, finite, from_first, in_every_process, load_data, load_source,
+                   moments_of, pick_autocast, progress, reason, require, save_file, save_grid, say,
+                   seeded_noise, setup, to_pixels, to_uint8, to_x0, vae_of, whole_number)
 
 COMPILE_FROM = 10_000            # images per GPU: here compiling pays, at the latest the second time
 
@@ -39,7 +39,7 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     add_source(parser)
-    flag("--data", help="of --weights, see train.py [cifar10]")
+    flag("--data", help="of --weights, see train.py [cifar10]; else what --fid compares with [the run's own]")
     flag("-n", "--count", type=whole_number, default=64, help="number of images [64]")
     flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is for linear and cosine paths [ddim]")
     flag("--steps", type=whole_number, help="of the sampler [ddim: 50, ddpm: 1000, heun: 25]")
@@ -56,7 +56,10 @@ def parse(argv):
     flag("--compile", action=BooleanOptionalAction, help=f"[from {COMPILE_FROM:,} images a GPU on]")
     args = parser.parse_args(argv)
     check_source(args)
-    require(args.weights or not args.data, "--data is for --weights: leave it out, the run knows it.")
+    require(args.weights or args.fid or not args.data,
+            "--data is for --weights and --fid: leave it out, the run knows it.")
+    require(args.fid or not (args.fid_weights or args.skip_bad),
+            "--fid-weights and --skip-bad are for --fid: add it, or leave them out.")
     most = 10_000_000                               # they are kept in memory
     require(0 < args.count <= most, f"--count {args.count} is not possible: use 1 to {most:,}.")
     last = 2 ** 32 - args.count                     # torch's CPU generator takes 32 bits of a seed
@@ -64,8 +67,8 @@ def parse(argv):
     require(args.batch_size > 0, f"--batch-size {args.batch_size} is not possible: use 1 or more.")
     require(not args.out or (Path(args.out).name == args.out and len(args.out.encode()) < 200),
             f"--out {args.out} is not the name of a file: leave out folders, shorten it.")
-    require(not args.denoise or not (args.npz or args.fid),
-            "--denoise draws a picture of 4 images alone: leave out --npz and --fid.")
+    require(not args.denoise or not (args.npz or args.fid or args.compile),
+            "--denoise draws a picture of 4 images alone: leave out --npz, --fid and --compile.")
     if args.fid:
         args.npz = True                             # an FID that fails does not take the samples along
         # found out now, not after hours of sampling
@@ -223,9 +226,10 @@ def complete(args, state, diffusion, ids):
     require(math.isfinite(args.guidance), f"--guidance {args.guidance} is no number: use {GUIDANCE}.")
     require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
     require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
-    require(not state["latents"] or not args.fid,
-            "--fid compares with images, and this run was trained on latents: use --npz, and an FID tool "
-            "with your images.")
+    latents = state["latents"] or (args.data or "").startswith("latents:")
+    require(not latents or not args.fid,
+            "--fid compares with images, these are latents: use --npz, and an FID tool with your "
+            "images.")
 
 
 def to_compile(args, device, world):
@@ -259,7 +263,7 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     state, net, diffusion = load_source(args, device)
     cfg, run = state["config"], Path(args.run)
-    check_writable(run)
+    from_first(lambda: check_writable(run))
     ids = class_ids(args.classes, state["classes"], cfg.conditional)
     complete(args, state, diffusion, ids)
     compiled = to_compile(args, device, world)
@@ -268,7 +272,8 @@ def main(argv=None):
     latents = state["latents"]
     source = Source(state, net, diffusion, device, moments_of(latents, device), vae_of(latents, device))
     if args.denoise:
-        require(source.makes_images, "--denoise draws images, and latents need their VAE.")
+        require(source.makes_images, "--denoise draws images, and there is no VAE of these latents: mend "
+                                     "what is said above, or leave out --denoise.")
         if rank > 0:
             return
         steps = denoise(args, source, ids)
@@ -278,11 +283,13 @@ def main(argv=None):
         return
     # what is compared with is loaded before hours of sampling
     skip_bad = cfg.skip_bad or args.skip_bad
-    real = load_data(cfg.data, "train", cfg.image_size, skip_bad).images if args.fid else None
+    spec = args.data or cfg.data
+    real = load_data(spec, "train", cfg.image_size, skip_bad).images if args.fid else None
     if compiled:
         torch.backends.cudnn.benchmark = True
         compile_parts(net)
-    images = draw_share(args, source, ids, rank, world)
+    # where one fails, all say so and end; and the fast wait for the slow, be it hours
+    images = in_every_process(lambda: draw_share(args, source, ids, rank, world))
     images = collect(images, args.count, rank, world)
     if rank > 0:
         return
@@ -294,7 +301,7 @@ def main(argv=None):
     write(args, run, images, ids, how)
     if args.fid:
         value = fid(images, real, args.fid_weights, device)
-        say(f"FID {value:.3f}: {args.count:,} samples, {len(real):,} training images of {cfg.data}; {how}")
+        say(f"FID {value:.3f}: {args.count:,} samples, {len(real):,} training images of {spec}; {how}")
         if args.count < 2048 or len(real) < 2048:
             say("FID of fewer than 2,048 images says little: it is far too large, and another for each seed.")
 

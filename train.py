@@ -680,7 +680,7 @@ def load_vae(name, device):
         raise UserError("latents need diffusers, which is not installed: pip install diffusers")
     except Exception as e:                          # no network, no such folder, another kind of model ...
         raise UserError(f"{name} is no autoencoder that can be loaded ({reason(e)}): name one of the hub, "
-                        "while online, or the folder of one.")
+                        "while online, or the folder of one; for a run, put its folder back there.")
     vae = vae.to(device).eval().requires_grad_(False)
     require(knows_images(vae), f"{name} is of class {type(vae).__name__}, which does not encode and decode "
                                "images: use an AutoencoderKL, AutoencoderTiny or AutoencoderDC.")
@@ -695,7 +695,9 @@ def knows_images(vae):
         image = torch.zeros(1, vae.config.in_channels, side, side, device=vae.device)
         z = to_latents(vae, image)
         return z.shape[2:] == (4, 4) and vae.decode(z).sample.shape == image.shape
-    except Exception:                               # of video, of sound, no autoencoder at all: many kinds
+    except Exception as e:                          # of video, of sound, no autoencoder at all: many kinds
+        if is_out_of_memory(e):
+            raise
         return False
 
 
@@ -1389,7 +1391,7 @@ def load_weights(args, device):
         if getattr(args, name) is not None:
             flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     cfg = parse_config(flags)
-    weights = read_public(cfg)
+    weights = in_every_process(lambda: read_public(cfg))
     meta = None
     shape = [3, cfg.image_size, cfg.image_size]
     if on_latents(cfg):
@@ -1409,7 +1411,7 @@ def load_weights(args, device):
 def add_source(parser):
     """The flags that say what network it is, and how it runs."""
     add = parser.add_argument
-    add("run", nargs="?", help="folder of a run of train.py")
+    add("run", nargs="?", help="folder of a run of train.py; give it first")
     add("--weights", metavar="FILE", help="public weights in its place; results: runs/<name of the file>")
     add("--model", choices=list(MODELS), help="of --weights [dit]")
     add("--size", help="of --weights, one of the network's SIZES [small; unet: base]")
@@ -1421,7 +1423,8 @@ def add_source(parser):
 def check_source(args):
     """Fills in the folder for results where there is no run. Raises UserError."""
     require(bool(args.run) != bool(args.weights),
-            "give either the folder of a run, or --weights with --model, --size and --data.")
+            "give either the folder of a run, before the flags, or --weights with --model, --size "
+            "and --data.")
     if args.weights:
         args.run = f"runs/{Path(args.weights).stem}"
         return
@@ -1431,7 +1434,13 @@ def check_source(args):
 
 
 def load_source(args, device):
-    return load_weights(args, device) if args.weights else load_run(args.run, device)
+    """What load_run or load_weights gives, the same in all processes. Raises UserError."""
+    if args.weights:
+        return load_weights(args, device)
+    state, net, diffusion = in_every_process(lambda: load_run(args.run, device))
+    same_everywhere(lambda: [state["images"], state["loss_sums"]],
+                    f"{state['path']} is not the same on every machine: copy it, or share a drive.")
+    return state, net, diffusion
 
 
 # --- the loop: its parts ------------------------------------------------------------------------------------

@@ -625,6 +625,10 @@ def test_pictures(tmp_path, monkeypatch, result):
     ends = [curves(bottleneck=result["layers"][n]) for n in (0, -1)]
     first, last = (np.argwhere((image != plain).any(2)).mean(0) for image in ends)
     assert rows == 1 or (first[0] > last[0] + 99 and first[1] < last[1] - 99)
+    more = result | dict(layers=[f"block_{n}" for n in range(12)], held_out=[[0.5] * columns] * 12)
+    shapes = {drawn(probe.draw_curves, pair, tmp_path / "curves.png").shape
+              for pair in ([result, more], [more, result])}
+    assert len(shapes) == 1, "as wide as the longest curve"
     texts.clear()
     curves(held_out=[[1.0] * columns] * rows)
     assert max(float(words) for (x, _), words in texts.items() if x == 90) == 100, "no axis beyond 100 %"
@@ -888,6 +892,16 @@ def test_refused(folders, capsys, tmp_path, monkeypatch, offline, flags, words):
     with refused(capsys, *words.split()):
         probe.main(argv if "--device" in flags or "--compare" in flags else [*argv, "--device", "cpu"])
     assert tree(folders["classes"]) == before and not os.listdir(tmp_path / "empty")
+
+
+def test_test_images_first(folders, tmp_path, capsys, monkeypatch):
+    """That there are no test images is said before any training image is read."""
+    for name in "ab":
+        (tmp_path / "bare/train" / name).mkdir(parents=True)
+        (tmp_path / "bare/train" / name / "1.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    with refused(capsys, "bare has no test images"):
+        probe.main([str(folders["classes"]), "--data", "folder:bare", "--device", "cpu"])
 
 
 def test_one_process(folders, capsys, monkeypatch):

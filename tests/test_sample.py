@@ -171,6 +171,28 @@ def test_two_processes(root):
     assert ["".join(out).count(words) for words in ("samples.png", "samples.npz", "FID 7.300")] == [1, 1, 1]
 
 
+def fail_in_second(what, flags):
+    """sample.py where the second of two processes cannot draw, or finds an older checkpoint."""
+    if os.environ["RANK"] == "1":
+        if what == "drawing":
+            sample.draw = lambda *args: train.require(False, "this image cannot be drawn")
+        else:
+            read = train.read_checkpoint
+            train.read_checkpoint = lambda path: read(path) | dict(images=8)
+    sample.main(flags)
+
+
+@pytest.mark.parametrize("what, words", [
+    ("drawing", "this image cannot be drawn"), ("checkpoint", "checkpoint.pt is not the same on every machine")])
+def test_one_of_two_fails(root, what, words):
+    """Where one process fails, all end with its sentence, said once; so do machines whose runs differ."""
+    before = tree(root / "classes")
+    both = fork_two(fail_in_second, what, [str(root / "classes"), *"-n 4 --steps 2 --device cpu".split()])
+    codes, _, err = zip(*map(end, both))
+    assert codes == (2, 2) and "".join(err).count(words) == 1 and "Traceback" not in "".join(err), err
+    assert tree(root / "classes") == before
+
+
 @pytest.mark.parametrize("script", [sample, train])
 def test_torchrun_takes_the_flags(script):
     """torchrun's own parser, which may take --n for a flag of its own, lets the docstrings' commands pass."""
@@ -345,6 +367,13 @@ def test_fid_inputs(root, fidelity, monkeypatch, capsys):
     assert sample.Images(torch.zeros(2, 1, 16, 16))[1].shape == (3, 16, 16), "of grey ones, three channels"
 
 
+def test_fid_of_data_elsewhere(root, fidelity, monkeypatch, capsys):
+    """--data names the data set that --fid compares with, where it is not any more where the run had it."""
+    few_shapes(monkeypatch, FEW)
+    main(root / "gone", "-n 3 --steps 1 --fid --data shapes")
+    assert f"FID 0.500: 3 samples, {FEW} training images of shapes" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_fid(tmp_path, monkeypatch):
     """The real torch-fidelity takes the images, here with random weights; another network's are refused."""
@@ -387,7 +416,9 @@ def test_fid_fails(fidelity, broken, words):
     ("edm", "--sampler ddpm --steps 20 --denoise", "ddpm linear cosine ddim heun"),
     ("free", "--device toaster", "toaster cpu"), ("free", "--nn 5", "--nn"),
     ("free", "--fid --fid-weights nowhere.pth", "--fid-weights nowhere.pth"), ("gone", "--fid", "not-here"),
-    ("latents", "--fid", "--fid latents --npz"),
+    ("latents", "--fid", "--fid latents --npz"), ("free", "--fid --data latents:x", "--fid latents --npz"),
+    ("free", "--fid-weights a.pth", "--fid-weights --fid"), ("free", "--skip-bad", "--skip-bad --fid"),
+    ("free", "--denoise --compile", "--denoise --compile"),
     *[(run, "", f"{run}{os.sep}checkpoint.pt") for run in ("nothing", "text", "network")]])
 def test_refused(root, capsys, no_sampling, fidelity, run, flags, words):
     """What cannot be followed gets one sentence with the flag, or the checkpoint; nothing is written."""
