@@ -183,7 +183,8 @@ def fail_in_second(what, flags):
 
 
 @pytest.mark.parametrize("what, words", [
-    ("drawing", "this image cannot be drawn"), ("checkpoint", "checkpoint.pt is not the same on every machine")])
+    ("drawing", "this image cannot be drawn"),
+    ("checkpoint", "checkpoint.pt is not the same on every machine")])
 def test_one_of_two_fails(root, what, words):
     """Where one process fails, all end with its sentence, said once; so do machines whose runs differ."""
     before = tree(root / "classes")

@@ -1,6 +1,7 @@
 """Makes tables of the pages anew from the raw files behind them; fails where a page says something else.
 
-Of the first page, claim.md, paths.md, latents.md, speed.md (speeds, costs), dead-ends.md (forms); see main.
+Of the first page, claim.md, paths.md, latents.md, speed.md (speeds, costs), dead-ends.md (forms),
+exercises.md; see main.
 
     python .github/results/check_numbers.py
 """
@@ -490,6 +491,17 @@ def latent_rows():
     yield "latents.md", f"(PSNR {reference['psnr_128']:.1f} dB) has {reference['reconstructed_128']:.1f}."
 
 
+def exercise_rows():
+    """Held-out accuracy (%) of three probes at four layers, a cell one value a seed."""
+    cells = {}
+    for line in study.read(HERE / "exercises.jsonl"):
+        for layer, (share,) in zip(line["layers"], line["held_out"]):
+            cells.setdefault(line["probe"], {}).setdefault(layer, []).append(f"{100 * share:.1f}")
+    for title, found in cells.items():
+        row = [title, *(", ".join(found[layer]) for layer in ("in_1", "mid", "out_2", "out_5"))]
+        yield "exercises.md", f"| {' | '.join(row)} |\n"
+
+
 def on_one_line(text):
     """So that it does not matter where a page breaks its lines; rows of tables end where they end."""
     return re.sub(r"(?<!\|)\n *", " ", text)
@@ -499,7 +511,7 @@ def main():
     wrong = 0
     for rows in (claim_rows, size_rows, speed_rows, cost_rows, sampling_rows, demo_rows, path_rows, form_rows,
                  rate_rows, seed_rows, again_rows, growth_rows, shown_rows, alone_rows, added_rows,
-                 curve_rows, mps_rows, latent_rows):
+                 curve_rows, mps_rows, latent_rows, exercise_rows):
         found = list(rows())                        # (page, what it has to say)
         for page, text in found:
             if on_one_line(text) not in on_one_line((HERE / page).read_text(encoding="utf-8")):
