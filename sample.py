@@ -28,8 +28,8 @@ from torchvision.utils import make_grid
 from diffusion import SAMPLERS
 from train import (GUIDANCE, Parser, UserError, add_source, check_source, check_writable, command,
                    compile_parts, finite, from_first, in_every_process, load_data, load_source,
-                   moments_of, pick_autocast, progress, reason, require, save_file, save_grid, say,
-                   seeded_noise, setup, to_pixels, to_uint8, to_x0, vae_of, whole_number)
+                   moments_of, pick_autocast, progress, reason, require, same_everywhere, save_file,
+                   save_grid, say, seeded_noise, setup, to_pixels, to_uint8, to_x0, vae_of, whole_number)
 
 COMPILE_FROM = 10_000            # images per GPU: here compiling pays, at the latest the second time
 
@@ -58,6 +58,8 @@ def parse(argv):
     check_source(args)
     require(args.weights or args.fid or not args.data,
             "--data is for --weights and --fid: leave it out, the run knows it.")
+    require(not args.fid or not (args.data or "").startswith("latents:"),
+            f"--data {args.data} has no images for --fid to compare with: name a data set of images.")
     require(args.fid or not (args.fid_weights or args.skip_bad),
             "--fid-weights and --skip-bad are for --fid: add it, or leave them out.")
     most = 10_000_000                               # they are kept in memory
@@ -226,10 +228,9 @@ def complete(args, state, diffusion, ids):
     require(math.isfinite(args.guidance), f"--guidance {args.guidance} is no number: use {GUIDANCE}.")
     require(ids or args.guidance == 1, f"--guidance {args.guidance} needs a conditional run: leave it out.")
     require(0 < args.steps <= diffusion.T, f"--steps {args.steps} is out of range: use 1 to {diffusion.T}.")
-    latents = state["latents"] or (args.data or "").startswith("latents:")
-    require(not latents or not args.fid,
-            "--fid compares with images, these are latents: use --npz, and an FID tool with your "
-            "images.")
+    require(not state["latents"] or not args.fid,
+            "--fid compares with images, and this run was trained on latents: use --npz, and an FID tool "
+            "with your images.")
 
 
 def to_compile(args, device, world):
@@ -271,6 +272,7 @@ def main(argv=None):
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, {whose}"
     latents = state["latents"]
     source = Source(state, net, diffusion, device, moments_of(latents, device), vae_of(latents, device))
+    same_everywhere(lambda: source.makes_images, "the VAE loads on some machines alone: copy it to all.")
     if args.denoise:
         require(source.makes_images, "--denoise draws images, and there is no VAE of these latents: mend "
                                      "what is said above, or leave out --denoise.")

@@ -680,7 +680,7 @@ def load_vae(name, device):
         raise UserError("latents need diffusers, which is not installed: pip install diffusers")
     except Exception as e:                          # no network, no such folder, another kind of model ...
         raise UserError(f"{name} is no autoencoder that can be loaded ({reason(e)}): name one of the hub, "
-                        "while online, or the folder of one; for a run, put its folder back there.")
+                        f"while online, or the folder of one; of a run, put it back at {name}.")
     vae = vae.to(device).eval().requires_grad_(False)
     require(knows_images(vae), f"{name} is of class {type(vae).__name__}, which does not encode and decode "
                                "images: use an AutoencoderKL, AutoencoderTiny or AutoencoderDC.")
@@ -827,17 +827,16 @@ def lock(folder, busy):
 
 def stamp_of_latents(spec, size, name):
     """What changes when the images or the VAE do."""
-    parts = [size, whole_name(name)]
+    parts = [spec, size, whole_name(name)]
     if Path(name).is_dir():
         vae = Path(name).resolve()
         parts.append(stamp_of(vae, sorted(p for p in vae.iterdir() if p.is_file())))
     if spec.startswith("folder:"):
         root = folder_of(spec)
+        parts[0] = "a folder"                       # which may move
         for split in ("train", "test"):
             with suppress(UserError):               # there may be no test part; encode says it of train
                 parts.append(stamp_of(root, list_folder(root, split)[0]))
-    else:
-        parts.append(spec)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -1024,7 +1023,7 @@ def processes():
 
 @functools.cache
 def patient_group():
-    """For what may take hours in one process while the others wait: data. Elsewhere minutes mean a fault."""
+    """For what may take hours in one process while others wait: data, samples. Else minutes mean a fault."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -1038,14 +1037,19 @@ def gather(value):
 
 
 def in_every_process(work):
-    """What work() gives; where it fails in one process, all end with its sentence. Raises UserError."""
+    """What work() gives; where it fails in one process, all fail alike. Raises UserError, MemoryError."""
     result, error = None, None
     try:
         result = work()
     except (UserError, OSError) as e:
-        error = str(e)
+        error = UserError(str(e))
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        error = MemoryError(str(e))
     for wrong in gather(error):
-        require(wrong is None, wrong)
+        if wrong is not None:
+            raise wrong
     return result
 
 
@@ -1063,10 +1067,11 @@ def from_first(work):
 
 
 def is_out_of_memory(error):
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # torch, of a CPU's, the same on Windows, a GPU's
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch, of a CPU's, the same on Windows, a GPU's; Pillow calls broken files so, by an OSError
     words = "can't allocate memory", "not enough memory", "out of memory"
-    return known or any(text in str(error) for text in words)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
 
 
 def layout_of(device):
@@ -1298,6 +1303,12 @@ def read_checkpoint(path):
     return {**state, "path": path, "config": cfg}
 
 
+def same_checkpoint(state, path):
+    """Raises UserError where machines, each with a disk of its own, have read unlike checkpoints, or none."""
+    same_everywhere(lambda: state and [state["images"], state["loss_sums"]],
+                    f"{path} is not the same on every machine: copy it, or share a drive.")
+
+
 def restore(state, **parts):
     """Load state[name] into each part. Raises UserError where it does not fit."""
     try:
@@ -1434,12 +1445,11 @@ def check_source(args):
 
 
 def load_source(args, device):
-    """What load_run or load_weights gives, the same in all processes. Raises UserError."""
+    """What load_run or load_weights gives. Raises UserError."""
     if args.weights:
         return load_weights(args, device)
     state, net, diffusion = in_every_process(lambda: load_run(args.run, device))
-    same_everywhere(lambda: [state["images"], state["loss_sums"]],
-                    f"{state['path']} is not the same on every machine: copy it, or share a drive.")
+    same_checkpoint(state, state["path"])
     return state, net, diffusion
 
 
@@ -1814,8 +1824,8 @@ def start_log(run, out, resumed):
     lines = whole_lines(path, run.images) if path.exists() else [json.dumps(log_head(run))]
     text = "".join(line + "\n" for line in lines)
     save_file(path, lambda file: file.write(text.encode()))
-    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples-*"):  # of a run that was killed
-        for part in out.glob(f"{name}.*.part"):
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples-[0-9]*.png"):
+        for part in out.glob(f"{name}.{8 * '[0-9a-f]'}.part"):   # save_file's, of a run that was killed
             with suppress(OSError):
                 part.unlink()
 
@@ -1974,12 +1984,11 @@ def train(cfg):
     device, rank, world = setup(cfg.device)
 
     # whatever can be wrong is found before the run writes anything
-    before = from_first(lambda: time_of(path))
+    saved_at = from_first(lambda: time_of(path))
     state = None
     if cfg.resume:
         state = in_every_process(lambda: read_checkpoint(path) if path.exists() else None)
-        same_everywhere(lambda: state and [state["images"], state["loss_sums"]],
-                        f"{path} is not the same on every machine: copy it, or share a drive.")
+        same_checkpoint(state, path)
     in_every_process(lambda: check_start(cfg, out, world, state))
     weights = None
     if cfg.init and not state:                      # a checkpoint has weights of its own
@@ -1996,8 +2005,9 @@ def train(cfg):
     from_first(lambda: out.mkdir(parents=True, exist_ok=True))
     busy = f"another program trains in {out}: wait for its end, or choose another --out."
     with alone(out, lambda: require(False, busy)):
-        require(from_first(lambda: time_of(path)) == before,
-                f"{path} was written by another program meanwhile: add --resume, or choose another --out.")
+        require(from_first(lambda: time_of(path)) == saved_at,
+                f"{path} was written by another program meanwhile: start again with --resume, or choose "
+                "another --out.")
         fit(run, out, vae, resumed=state is not None)
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -600,15 +601,23 @@ def test_no_memory(old_run, tmp_path, monkeypatch, capsys, program, flags):
 @pytest.mark.parametrize("work", [
     lambda run: train.decode(run / "samples-32.png", 8, skip_bad=True),
     lambda run: train.read_checkpoint(run / "checkpoint.pt"),
-    lambda run: train.save_file(run / "checkpoint.pt", torch.load)])
+    lambda run: train.save_file(run / "checkpoint.pt", torch.load),
+    lambda run: train.knows_images(None)])
 def test_no_memory_is_no_broken_file(old_run, monkeypatch, work):
     """Where the memory is too small for a file, nothing calls it broken, or the disk full."""
     before = tree(old_run)
     monkeypatch.setattr(train, "open_image", no_memory)
     monkeypatch.setattr(torch, "load", no_memory)
+    monkeypatch.setattr(train, "scale_of", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         work(old_run)
     assert tree(old_run) == before
+
+
+def test_a_broken_file_called_out_of_memory(monkeypatch):
+    """Pillow's word for some broken files does not keep --skip-bad from leaving them out."""
+    monkeypatch.setattr(train, "open_image", Mock(side_effect=OSError("out of memory error when reading")))
+    assert train.decode(Path("a.png"), 8, skip_bad=True) is None
 
 
 def test_grid_in_parts(tmp_path, monkeypatch):

@@ -290,7 +290,11 @@ def test_two_processes(mine, latents, vae, tmp_path):
 
 
 def encode_in_fork(photos, vae):
+    """Leaves how many images a process decoded to see which are broken, in a file of its own."""
+    real, seen = train.decode, []
+    train.decode = lambda path, size, skip_bad: seen.append(size) or real(path, size, skip_bad)
     train.encode(f"folder:{photos}", SIZE, str(vae), train.setup("cpu")[0], skip_bad=True)
+    (photos.parent / f"seen{os.environ['RANK']}").write_text(str(seen.count(8)))
 
 
 def test_two_processes_skip_bad(mine, latents, vae):
@@ -300,6 +304,7 @@ def test_two_processes_skip_bad(mine, latents, vae):
         files[i].write_bytes(b"")
     both = fork_two(encode_in_fork, mine, vae)
     assert [end(process, 120)[0] for process in both] == [0, 0]
+    assert [int((mine.parent / f"seen{rank}").read_text()) for rank in (0, 1)] == [(N + N // 4) // 2] * 2
     assert close(both_of(mine.with_name(latents.name)), np.delete(both_of(latents), bad, 1))
 
 

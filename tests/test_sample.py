@@ -172,26 +172,32 @@ def test_two_processes(root):
 
 
 def fail_in_second(what, flags):
-    """sample.py where the second of two processes cannot draw, or finds an older checkpoint."""
+    """sample.py where the second of two processes cannot draw, or has another checkpoint, or a VAE alone."""
     if os.environ["RANK"] == "1":
-        if what == "drawing":
-            sample.draw = lambda *args: train.require(False, "this image cannot be drawn")
-        else:
-            read = train.read_checkpoint
-            train.read_checkpoint = lambda path: read(path) | dict(images=8)
+        read = train.read_checkpoint
+        module, name, stand_in = {
+            "drawing": (sample, "draw", Mock(side_effect=train.UserError("this image cannot be drawn"))),
+            "memory": (sample, "draw", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))),
+            "checkpoint": (train, "read_checkpoint", lambda path: read(path) | dict(images=8)),
+            "vae": (sample, "vae_of", lambda *args: "a VAE")}[what]
+        setattr(module, name, stand_in)
     sample.main(flags)
 
 
 @pytest.mark.parametrize("what, words", [
-    ("drawing", "this image cannot be drawn"),
-    ("checkpoint", "checkpoint.pt is not the same on every machine")])
-def test_one_of_two_fails(root, what, words):
-    """Where one process fails, all end with its sentence, said once; so do machines whose runs differ."""
-    before = tree(root / "classes")
-    both = fork_two(fail_in_second, what, [str(root / "classes"), *"-n 4 --steps 2 --device cpu".split()])
+    ("drawing", "this image cannot be drawn"), ("memory", "too little memory"),
+    ("checkpoint", "checkpoint.pt is not the same on every machine"),
+    ("vae", "the VAE loads on some machines")])
+def test_one_of_two_fails(root, tmp_path, what, words):
+    """Where one process fails, all end with a sentence; so do machines whose runs or VAEs differ."""
+    state = load(root / "classes")
+    if what == "vae":
+        state["latents"] = load(root / "latents")["latents"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    both = fork_two(fail_in_second, what, [str(tmp_path), *"-n 4 --steps 2 --device cpu".split()])
     codes, _, err = zip(*map(end, both))
-    assert codes == (2, 2) and "".join(err).count(words) == 1 and "Traceback" not in "".join(err), err
-    assert tree(root / "classes") == before
+    assert codes == (2, 2) and words in "".join(err) and "Traceback" not in "".join(err), err
+    assert [*tree(tmp_path)] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("script", [sample, train])
@@ -417,7 +423,7 @@ def test_fid_fails(fidelity, broken, words):
     ("edm", "--sampler ddpm --steps 20 --denoise", "ddpm linear cosine ddim heun"),
     ("free", "--device toaster", "toaster cpu"), ("free", "--nn 5", "--nn"),
     ("free", "--fid --fid-weights nowhere.pth", "--fid-weights nowhere.pth"), ("gone", "--fid", "not-here"),
-    ("latents", "--fid", "--fid latents --npz"), ("free", "--fid --data latents:x", "--fid latents --npz"),
+    ("latents", "--fid", "--fid latents --npz"), ("free", "--fid --data latents:x", "--data latents:x --fid"),
     ("free", "--fid-weights a.pth", "--fid-weights --fid"), ("free", "--skip-bad", "--skip-bad --fid"),
     ("free", "--denoise --compile", "--denoise --compile"),
     *[(run, "", f"{run}{os.sep}checkpoint.pt") for run in ("nothing", "text", "network")]])

@@ -286,15 +286,17 @@ def growth_rows():
     yield "claim.md", (f"the probe is {-long[2]:.1f} points lower ({short[2]:.1f} higher), "
                        f"neighbours {-long[3]:.1f} lower ({short[3]:.1f} higher)")
     short, long = (tenth_pair(found, "unet", "mid") for found in (runs, longer))
-    yield "claim.md", (f"{-long[0]:.1f} % closer by the classifier and {long[1]:.1f} % farther off by "
-                       f"EfficientNet")
+    yield "claim.md", (f"{-long[0]:.1f} % closer by the classifier ({short[0]:.1f} % farther off after "
+                       f"1.4 million) and {long[1]:.1f} % farther off by EfficientNet ({short[1]:.1f} %)")
+    yield "claim.md", f"neighbours are {-long[3]:.1f} points lower ({short[3]:.1f} higher)"
     yield "claim.md", (f"dense features know {-long[4]:.1f} points less "
                        f"({-short[4]:.1f} less; undecided over six)")
     losses = longer["uvit", "baseline"][10]["losses_of_50k"]
     low, high = losses.index(min(losses)), losses.index(max(losses[1:]))
+    back = losses.index(min(losses[high:]))
     yield "claim.md", (f"from {losses[low]:.3f} after {(low + 1) / 20:.0f} million images to "
-                       f"{losses[high]:.3f} after {(high + 1) / 20:.1f} million, and came back to "
-                       f"{losses[-1]:.3f} only")
+                       f"{losses[high]:.3f} after {(high + 1) / 20:.1f} million, fell to {losses[back]:.3f} "
+                       f"after {(back + 1) / 20:.0f} million, rose again and ended at {losses[-1]:.3f}")
 
 
 def tenth_pair(runs, network, variant):
