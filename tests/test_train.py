@@ -854,11 +854,11 @@ def test_resume_without_checkpoint(tmp_path, old_run):
     (out / "log.jsonl").write_text('{"config": {}}\n{"images": 16, "loss": 9}\n{"images": 999}\n')
     (out / "checkpoint.pt.0123abcd.part").write_bytes(b"half a file")
     (out / "film.mkv.part").write_bytes(b"not ours")
-    (out / "samples.npz.0123abcd.part").write_bytes(b"of sample.py, which may be at it still")
-    (out / "samples-film.mkv.part").write_bytes(b"not ours")
+    (out / "samples-16.png.mine.part").write_bytes(b"not ours")
+    (out / "samples-a.npz.0123abcd.part").write_bytes(b"of sample.py, which may be at it still")
     assert_same_run(run(out, "--images 32 --resume"), load(old_run))
     assert losses(out) == losses(old_run) and log(out)[0]["config"]["model"] == "dit"
-    others = {"log.jsonl.1", "film.mkv.part", "samples-film.mkv.part", "samples.npz.0123abcd.part"}
+    others = {"log.jsonl.1", "film.mkv.part", "samples-16.png.mine.part", "samples-a.npz.0123abcd.part"}
     assert tree(out).keys() == tree(old_run).keys() | others
 
 
