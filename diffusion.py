@@ -131,7 +131,8 @@ class EDM(Path):
         return math.atan(sigma / self.scale) * (self.T / (math.pi / 2))
 
     def draw(self, n, **on):
-        log_ratio = -1.2 - math.log(0.5) + 1.2 * torch.randn(n, **on)        # EDM's sigma, its data being 0.5
+        # ln sigma has mean -1.2 and deviation 1.2 where the data's deviation is 0.5 (EDM, table 1)
+        log_ratio = -1.2 - math.log(0.5) + 1.2 * torch.randn(n, **on)
         return log_ratio.exp().atan() * (self.T / (math.pi / 2))
 
 

@@ -158,7 +158,7 @@ def flip_and_shift(x, targets, g):
     on = dict(generator=g, device=x.device)
     shift = torch.randint(-(S // 8), S // 8 + 1, (2, n, 1), **on)
     at = torch.arange(S, device=x.device) + shift           # 2 x (n, S), some outside
-    rows, columns = (S - 1) - ((S - 1) - at.abs()).abs()    # reflected into 0..S-1
+    rows, columns = (S - 1) - ((S - 1) - at.abs()).abs()    # reflected: -1 is 1, S is S - 2
     flip = torch.rand(n, 1, **on) < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
     image = torch.arange(n, device=x.device)
@@ -279,9 +279,9 @@ def minimise(W, x, truth, share, penalty):
     for k in progress(range(ITERATIONS), f"probes, {penalty:g}", unit="step", leave=False):
         # p = softmax(W x), (P, K, N): what the probes say
         p = (ahead @ x).softmax(1)
-        # Hessian by W of an image's cross-entropy = (diag(p) - p p^T) (x) x x^T <= (1 - |p|^2) x x^T, the
-        # trace of the first. Boehning (1992) bounds it for all p, by 1/2; here for those on the way so far,
-        # which is more at first, where p is flat.
+        # Hessian by W of an image's cross-entropy = (diag(p) - p p^T) (x) x x^T. No eigenvalue of the first
+        # factor is negative, so none is above its trace, 1 - |p|^2. Boehning (1992) bounds it for all p, by
+        # 1/2; here for those on the way so far, which is more at first, where p is flat.
         bound = torch.maximum(bound, 1 - p.square().sum(1))
         # rate = H^-1 of the bound; not in each step, which costs less
         if k % 10 == 0:
